@@ -1,0 +1,328 @@
+"""What every experiment's command line shares: which model, which mesh, where to, and any field of the run's config.
+
+    def main(argv: list[str]) -> None:
+        arguments = cli.parse(argv, name="train", doc=__doc__)
+        cli.setup_jax()
+        resuming = cli.prepare_out(arguments.out, arguments.config, arguments.resume)
+        ...
+
+    if __name__ == "__main__":
+        sys.exit(cli.run(main))
+
+Imports no jax: `--fake-devices` must be heard before jax starts.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from pydantic import ValidationError
+
+from moejax.config import load
+from moejax.config.load import ConfigError
+from moejax.config.run import RunConfig
+
+CONFIGS: Final = Path(__file__).parent / "configs"
+OUR_CODE: Final = tuple(str(Path(__file__).parents[1] / package) for package in ("moejax", "experiments"))
+
+SMOKE_MODEL: Final = "mixtral_tiny"
+SMOKE: Final[Mapping[str, Any]] = {
+    "model.vocab": 512,
+    "train.steps": 10,
+    "train.global_batch": 8,
+    "train.seq_len": 64,
+    "train.log_every": 2,
+    "train.eval_every": 5,
+    "train.eval_batches": 2,
+    "train.checkpoint_every": 5,
+}
+"""What `--smoke` sets unless an experiment says otherwise."""
+
+MAY_CHANGE: Final = re.compile(
+    r"mesh\..*|train\.(steps|log_every|eval_every|eval_batches|checkpoint_every|keep_last|max_bad_steps|tensorboard)"
+    r"|data\.prefetch|model\.remat|model\.attention\.implementation"
+)
+"""Keys that a resumed run may change: they alter no number but the run's length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What the command line said."""
+
+    config: RunConfig
+    """files, then --smoke, then dotted options"""
+    out: Path
+    """where the run writes; see prepare_out"""
+    resume: bool
+    """go on with the run in `out`"""
+    smoke: bool
+    """a minute on a CPU"""
+    options: argparse.Namespace
+    """the experiment's own options"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are ConfigErrors, one line each."""
+
+    def __init__(self, name: str, doc: str | None, *, add_help: bool = True) -> None:
+        super().__init__(
+            prog=f"python -m experiments.{name}",
+            usage="%(prog)s [options] [--table.key VALUE ...]",
+            description=doc,
+            add_help=add_help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of exiting."""
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def parse(
+    argv: list[str],
+    *,
+    name: str,
+    doc: str | None,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+    smoke: Mapping[str, Any] = SMOKE,
+    smoke_model: str = SMOKE_MODEL,
+) -> Arguments:
+    """Read the command line of experiment `name`; raise ConfigError at the first mistake, SystemExit after --help.
+
+    `add_options` adds the experiment's own options to the parser; they come back as `Arguments.options`. `smoke` maps
+    dotted keys to what --smoke makes of them.
+    """
+    parser = _shared_parser(name, doc)
+    shared = {action.dest for action in parser._actions}
+    if add_options:
+        add_options(parser)
+    dotted, rest = split_dotted(argv)
+    if {"-h", "--help"} & set(rest):
+        for action in parser._actions:
+            action.required = False
+    known, unknown = parser.parse_known_args(rest)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}{_nearest_option(unknown[0], parser)}")
+    if known.fake_devices is not None or known.smoke:
+        use_cpu(known.fake_devices)
+    config = _read_config(known, smoke_model)
+    if known.smoke:
+        config = load.override(config, smoke, "--smoke")
+    if dotted:
+        config = load.override(config, dotted, "command line")
+    if known.help:
+        print(parser.format_help() + _dotted_help(config))
+        raise SystemExit(0)
+    out = known.out or Path(tempfile.mkdtemp(prefix=f"moejax_{name}_") if known.smoke else f"runs/{name}")
+    options = argparse.Namespace(**{key: value for key, value in vars(known).items() if key not in shared})
+    return Arguments(config, out, known.resume, known.smoke, options)
+
+
+def split_dotted(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take `--table.key value`, `--table.key=value`, `--table.flag` and `--table.no-flag` out of the arguments."""
+    hints = load.option_hints(RunConfig)
+    dotted: dict[str, Any] = {}
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if not (flag.startswith("--") and "." in flag):
+            rest.append(word)
+            continue
+        key = flag[2:].replace("-", "_")
+        negated = re.sub(r"\.no_(\w+)$", r".\1", key)
+        if key not in hints and hints.get(negated) is bool and not equals:
+            dotted[negated] = False
+        elif key not in hints:
+            raise ConfigError(f"unknown option {flag}{_nearest_key(key, hints)}")
+        elif equals:
+            dotted[key] = load.parse_value(value, hints[key])
+        elif hints[key] is bool and (not words or words[0].lower() not in load.TRUE_WORDS + load.FALSE_WORDS):
+            dotted[key] = True
+        elif not words or words[0].startswith("--"):
+            raise ConfigError(f"{flag} needs a value")
+        else:
+            dotted[key] = load.parse_value(words.pop(0), hints[key])
+    return dotted, rest
+
+
+def use_cpu(num_devices: int | None = None) -> None:
+    """Make jax run on the CPU, cut into `num_devices` if given; call before jax first touches a device."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if num_devices is not None:
+        if num_devices < 1:
+            raise ConfigError(f"--fake-devices ({num_devices}) must be at least 1")
+        count = "--xla_force_host_platform_device_count"
+        kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(count)]
+        os.environ["XLA_FLAGS"] = " ".join([*kept, f"{count}={num_devices}"])
+    if (jax := sys.modules.get("jax")) is not None:  # imported already: it read the environment then
+        jax.config.update("jax_platforms", "cpu")
+
+
+def setup_jax() -> None:
+    """Keep compiled programs between processes, in $MOEJAX_CACHE or ~/.cache/moejax/xla."""
+    import jax
+
+    cache = Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax" / "xla")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a read-only home costs time, not correctness
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def prepare_out(out: Path, config: RunConfig, resume: bool) -> bool:
+    """Make `out` and save config.toml in it; return whether it holds a run to go on with.
+
+    Raise ConfigError rather than overwrite a run, mix into a directory that is none, or resume under another config.
+    """
+    saved = out / "config.toml"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: choose another --out")
+    resuming = saved.is_file()
+    if resuming and not resume:
+        raise ConfigError(f"{out} already holds a run: add --resume to go on, or choose another --out")
+    if not resuming and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no run (no config.toml): choose another --out")
+    if resuming and (change := forbidden_change(load.read_run(saved), config)):
+        raise ConfigError(f"cannot resume {out}: {change}")
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = out / "config.toml.part"
+    scratch.write_text(load.dump_toml(config), encoding="utf-8")
+    scratch.replace(saved)
+    return resuming
+
+
+def forbidden_change(saved: RunConfig, new: RunConfig) -> str | None:
+    """Describe the first key that differs though a resumed run may not change it."""
+    old_keys, new_keys = (load.flatten(dataclasses.asdict(config)) for config in (saved, new))
+    for key in old_keys | new_keys:
+        was, now = old_keys.get(key), new_keys.get(key)
+        if was != now and not MAY_CHANGE.fullmatch(key):
+            return f"{key} was {was!r} and is now {now!r}"
+    return None
+
+
+def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Call an experiment's main and give its exit code: what a user did wrong is one line, and 2.
+
+    Mistakes of programmers keep their traceback; MOEJAX_DEBUG=1 shows every traceback.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("MOEJAX_DEBUG") == "1" or (message := user_message(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+def user_message(error: Exception) -> str | None:
+    """Give the line that a user should read, or None for what a programmer broke.
+
+    A ValueError is the user's if our own code raised it on purpose, and a programmer's if it came out of a library.
+    """
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return f"out of device memory; lower train.global_batch, or raise train.microbatches: {_first_line(error)}"
+    if isinstance(error, OSError):
+        return str(error)
+    if isinstance(error, ValidationError):
+        return load.explain(error)
+    if isinstance(error, ValueError):
+        *_, innermost = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ConfigError) or innermost.filename.startswith(OUR_CODE):
+            return str(error)
+    return None
+
+
+def _shared_parser(name: str, doc: str | None) -> Parser:
+    parser = Parser(name, doc, add_help=False)  # its help waits for the model file, whose values it shows
+    parser.add_argument("-h", "--help", action="store_true", help="show this, with the chosen model's defaults")
+    parser.add_argument("--model", metavar="NAME|PATH", help="model file (default: demo, or the resumed run's)")
+    parser.add_argument("--mesh", metavar="NAME|PATH", help="mesh file (default: single, or the resumed run's)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where the run writes (default: runs/{name})")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    parser.add_argument("--smoke", action="store_true", help=f"try it: {SMOKE_MODEL} on the CPU, under a minute")
+    parser.add_argument("--fake-devices", type=int, metavar="N", help="cut the CPU into N devices")
+    parser.epilog = _epilog(parser.prog)
+    return parser
+
+
+def _epilog(prog: str) -> str:
+    lists = "\n\n".join(
+        f"{kind} files (or give a path):\n"
+        + "\n".join(f"  {name:28} {_first_comment(CONFIGS / kind / f'{name}.toml')}" for name in names)
+        for kind in ("model", "mesh")
+        if (names := load.config_names(kind, CONFIGS))
+    )
+    return (
+        f"examples:\n"
+        f"  {prog} --smoke\n"
+        f"  {prog} --model mixtral_tiny --mesh tensor4_data2 --fake-devices 8 --train.steps 100\n"
+        f"  {prog} --out runs/mine --resume --train.steps 600\n\n{lists}\n\n"
+        "any field of the config, named with dots, beats the files:\n"
+    )
+
+
+def _first_comment(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        line = file.readline().strip()
+    return line.lstrip("# ") if line.startswith("#") else ""
+
+
+def _read_config(known: argparse.Namespace, smoke_model: str) -> RunConfig:
+    """Read the files that were named; a resumed run's own config stands in for those that were not."""
+    saved = known.out / "config.toml" if known.resume and known.out else None
+    stand_in = str(saved) if saved and saved.is_file() else None
+    model = known.model or stand_in or (smoke_model if known.smoke else "demo")
+    mesh = known.mesh or stand_in or "single"
+    return load.read_files(load.find_config("model", model, CONFIGS), load.find_config("mesh", mesh, CONFIGS))
+
+
+def _dotted_help(config: RunConfig) -> str:
+    """Let tyro draw every field with its type, its docstring and this config's value."""
+    import tyro
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(RunConfig, default=config, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
+    lines = text.getvalue().splitlines(keepends=True)
+    first = next((i for i, line in enumerate(lines) if "model options" in line), 0)  # after tyro's own usage line
+    return "".join(lines[first:])
+
+
+def _nearest_key(key: str, hints: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, hints, n=1)
+    return f": did you mean --{near[0].replace('_', '-')}?" if near else ""
+
+
+def _nearest_option(word: str, parser: argparse.ArgumentParser) -> str:
+    """Name the nearest option, with or without a dot."""
+    options = {option: option for option in parser._option_string_actions}
+    options |= {f"--{key.rpartition('.')[2]}": f"--{key}" for key in load.option_hints(RunConfig)}
+    near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), options, n=1)
+    return f": did you mean {options[near[0]].replace('_', '-')}?" if near else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,58 @@
+"""How many devices stand along each mesh axis, and what ZeRO and sequence parallelism split."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from moejax.axes import MESH_AXES
+from moejax.config.model import FORBID_UNKNOWN
+
+Degree = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=FORBID_UNKNOWN)
+class MeshConfig:
+    """Degrees of the five mesh axes; their product is the number of devices."""
+
+    pipeline: Degree = 1
+    """pipeline stages"""
+    data: Annotated[int, Field(ge=-1)] = 1
+    """replicas of the batch; -1: as many as devices are left"""
+    sequence: Degree = 1
+    """context parallelism"""
+    expert: Degree = 1
+    """expert parallelism"""
+    tensor: Degree = 1
+    """tensor parallelism (arXiv 1909.08053)"""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO (arXiv 1910.02054), over the batch axes: 1 splits optimizer state, 2 gradients too, 3 weights too"""
+    sequence_parallel: bool = False
+    """Megatron's sequence parallelism: the residual stream is split over `tensor` too (arXiv 2205.05198)"""
+    replicate_kv: bool = False
+    """key/value heads whole on every tensor rank, for num_kv_heads that do not divide by tensor"""
+
+    def __post_init__(self) -> None:
+        for axis in ("pipeline", "sequence", "expert"):
+            if (degree := getattr(self, axis)) != 1:
+                raise ValueError(f"{axis} ({degree}) must be 1: this release trains on data and tensor")
+        if self.data == 0:
+            raise ValueError("data (0) must be a degree, or -1 for all devices that are left")
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel splits the residual over tensor: set tensor > 1")
+
+    def degrees(self) -> tuple[int, ...]:
+        """Give the degrees in the order of MESH_AXES."""
+        return tuple(getattr(self, axis) for axis in MESH_AXES)
+
+    def fill(self, num_devices: int) -> "MeshConfig":
+        """Replace data = -1 by what is left of `num_devices`; raise ValueError unless the product fits exactly."""
+        others = self.pipeline * self.sequence * self.expert * self.tensor
+        data = max(num_devices // others, 1) if self.data == -1 else self.data
+        if others * data != num_devices:
+            sizes = " * ".join(f"{a} {data if a == 'data' else getattr(self, a)}" for a in MESH_AXES)
+            raise ValueError(
+                f"the mesh has {others * data} devices ({sizes}) but jax sees {num_devices}: change the mesh, "
+                "hide devices (CUDA_VISIBLE_DEVICES), or try it on a CPU with --fake-devices N"
+            )
+        return MeshConfig(**{**self.__dict__, "data": data})

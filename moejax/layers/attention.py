@@ -1,0 +1,90 @@
+"""Self-attention with grouped heads and rotary positions, with and without a cache."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moejax.config.model import AttentionConfig, Precision
+from moejax.layers.cache import KVCache
+from moejax.layers.context import PURPOSE_ATTENTION, Context
+from moejax.layers.param import make_param, read
+from moejax.ops.attention import Drop, attention, visible
+from moejax.ops.random import dropout
+from moejax.ops.rope import apply_rope
+from moejax.parallel.plan import MeshPlan
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv 2305.13245); heads split over tensor."""
+
+    def __init__(
+        self,
+        plan: MeshPlan,
+        rngs: nnx.Rngs,
+        dim: int,
+        config: AttentionConfig,
+        precision: Precision,
+        scale: float = 1.0,
+    ) -> None:
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        made = {"dtype": precision.params, "scale": scale}
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        self.q = make_param(plan, rngs, (dim, heads, head_dim), ("embed", "heads", "head_dim"), fan_in=dim, **made)
+        self.k = make_param(plan, rngs, (dim, kv_heads, head_dim), kv_axes, fan_in=dim, **made)
+        self.v = make_param(plan, rngs, (dim, kv_heads, head_dim), kv_axes, fan_in=dim, **made)
+        out_axes = ("heads", "head_dim", "embed")
+        self.out = make_param(plan, rngs, (heads, head_dim, dim), out_axes, fan_in=heads * head_dim, **made)
+        self.plan, self.config, self.dtype = plan, config, precision.compute
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: Context, cache: KVCache | None = None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Give this tensor rank's part of the output, and the cache with these tokens in it.
+
+        x has entered tensor, the caller leaves it. With a cache the tokens stand at slot index_BT[0, 0] on.
+        """
+        tables = context.rope(self.config.head_dim, self.config.rope_theta)
+        q_BTNH = apply_rope(self._project(x_BTD, self.q), tables)
+        k_BTKH = apply_rope(self._project(x_BTD, self.k), tables)
+        v_BTKH = self._project(x_BTD, self.v)
+        if cache is None:
+            k_BSKH, v_BSKH, k_index_BS, k_segments_BS = k_BTKH, v_BTKH, context.index_BT, context.segments_BT
+        else:
+            cache = cache.write(k_BTKH, v_BTKH, context.segments_BT, context.index_BT[0, 0])
+            k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
+            k_segments_BS = cache.segments_BS
+            k_index_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_segments_BS.shape)
+        seen_BTS = visible(context.index_BT, k_index_BS, context.segments_BT, k_segments_BS)
+        k_BSKH, v_BSKH = self._local_kv(k_BSKH), self._local_kv(v_BSKH)
+        o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, seen_BTS, self._drop(context), self.config.implementation)
+        w_NHD = read(self.out, self.dtype)
+        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, w_NHD), cache
+
+    def _project(self, x_BTD: Array, param: nnx.Param) -> Array:
+        w_DNH = read(param, self.dtype)
+        return jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH)
+
+    def _local_kv(self, k_BSKH: Array) -> Array:
+        """Pick the key/value head of each local query head where tensor ranks hold them all (replicate_kv)."""
+        heads, tensor = self.config.num_heads, self.plan.degree("heads")
+        if self.plan.degree("kv_heads") == tensor:
+            return k_BSKH
+        local = heads // tensor
+        first = self.plan.index("heads") * local
+        return k_BSKH[:, :, (first + jnp.arange(local)) // (heads // self.config.num_kv_heads)]
+
+    def _drop(self, context: Context) -> Drop | None:
+        """Give the dropout of the probabilities: bits of (row, head) and (query, key)."""
+        if self.config.dropout == 0.0 or not context.training:
+            return None
+        key = context.draw(PURPOSE_ATTENTION)
+
+        def drop(p_BKGTS: Array) -> Array:
+            _, kv, group, queries, keys = p_BKGTS.shape
+            local = kv * group
+            head = self.plan.index("heads") * local + jnp.arange(local).reshape(kv, group)
+            row = context.rows_B[:, None, None] * jnp.uint32(self.config.num_heads) + head.astype(jnp.uint32)
+            column = jnp.arange(queries * keys, dtype=jnp.uint32).reshape(queries, keys)
+            return dropout(p_BKGTS, self.config.dropout, key, row[..., None, None], column)
+
+        return drop

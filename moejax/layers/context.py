@@ -1,0 +1,83 @@
+"""What does a layer know of the tokens it is given, besides their vectors?"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from moejax.ops.random import dropout, fold
+from moejax.ops.rope import rope_tables
+from moejax.parallel.plan import MeshPlan
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """The step's arrays, handed down as an argument; local parts, whole in T on every tensor rank.
+
+    A segment of 0 is padding: it is not routed and nobody sees it. `rows_B` are the sequences' numbers in the global
+    batch: with a key they decide dropout and noise, whatever the mesh. No key: inference.
+    """
+
+    positions_BT: Int[Array, "B T"]
+    index_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"]
+    rows_B: UInt32[Array, " B"]
+    key: UInt32[Array, "2"] | None = None
+    layer: Int[Array, ""] | int = 0
+
+    @classmethod
+    def of(
+        cls,
+        segments_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"] | None = None,
+        rows_B: UInt32[Array, " B"] | None = None,
+        key: UInt32[Array, "2"] | None = None,
+    ) -> "Context":
+        """Make the context of whole sequences."""
+        batch, length = segments_BT.shape
+        index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        rows_B = jnp.arange(batch, dtype=jnp.uint32) if rows_B is None else rows_B
+        return cls(index_BT if positions_BT is None else positions_BT, index_BT, segments_BT, rows_B, key)
+
+    @property
+    def training(self) -> bool:
+        """Say whether dropout and noise are drawn."""
+        return self.key is not None
+
+    def at_layer(self, layer: Int[Array, ""] | int) -> "Context":
+        """Give the context of one layer."""
+        return replace(self, layer=layer)
+
+    def draw(self, purpose: int) -> UInt32[Array, "2"]:
+        """Derive the key of one use of randomness in this layer."""
+        assert self.key is not None, "randomness belongs to training"
+        return fold(self.key, self.layer, purpose)
+
+    def tokens_BT(self, start: Int[Array, ""] | int = 0, length: int | None = None) -> UInt32[Array, "B t"]:
+        """Give the tokens' numbers in the global batch: row * T + index, for `length` indices from `start` on."""
+        total = self.index_BT.shape[1]
+        index_t = jnp.arange(total if length is None else length, dtype=jnp.uint32) + jnp.asarray(start, jnp.uint32)
+        return self.rows_B[:, None] * jnp.uint32(total) + index_t[None]
+
+    def rope(self, head_dim: int, theta: float) -> Float[Array, "2 B T h"]:
+        """Give the rotary tables of these positions."""
+        return rope_tables(self.positions_BT, head_dim, theta)
+
+
+PURPOSE_ATTENTION, PURPOSE_MIXER, PURPOSE_FFN, PURPOSE_ROUTER, PURPOSE_EXPERT = range(5)
+"""Uses of randomness in a layer; each has its own key."""
+
+
+def residual_dropout(
+    plan: MeshPlan, context: Context, y_BtD: Float[Array, "B t D"], rate: float, purpose: int
+) -> Float[Array, "B t D"]:
+    """Drop elements of a sublayer's output on the residual stream, which may be split over tensor."""
+    if rate == 0.0 or not context.training:
+        return y_BtD
+    length, total = y_BtD.shape[1], context.index_BT.shape[1]
+    start = plan.index("residual_seq") * length if length != total else 0
+    row = context.tokens_BT(start, length)[:, :, None]
+    column = jnp.arange(y_BtD.shape[2], dtype=jnp.uint32)
+    return dropout(y_BtD, rate, context.draw(purpose), row, column)

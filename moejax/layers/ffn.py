@@ -1,0 +1,27 @@
+"""The dense feed-forward layer."""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moejax.config.model import Precision
+from moejax.layers.param import make_param, read
+from moejax.ops.swiglu import swiglu
+from moejax.parallel.plan import MeshPlan
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (arXiv 2002.05202): gate and up split by columns over tensor, down by rows."""
+
+    def __init__(
+        self, plan: MeshPlan, rngs: nnx.Rngs, dim: int, ffn: int, precision: Precision, scale: float = 1.0
+    ) -> None:
+        dtype = precision.params
+        self.gate = make_param(plan, rngs, (dim, ffn), ("embed", "ffn"), dtype, fan_in=dim, scale=scale)
+        self.up = make_param(plan, rngs, (dim, ffn), ("embed", "ffn"), dtype, fan_in=dim, scale=scale)
+        self.down = make_param(plan, rngs, (ffn, dim), ("ffn", "embed"), dtype, fan_in=ffn, scale=scale)
+        self.dtype = precision.compute
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Give this tensor rank's part of the sum: x has entered tensor, the caller leaves it."""
+        gate, up = x @ read(self.gate, self.dtype), x @ read(self.up, self.dtype)
+        return swiglu(gate, up) @ read(self.down, self.dtype)

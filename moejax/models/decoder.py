@@ -1,0 +1,180 @@
+"""A decoder-only language model: embedding, a list of layers run as scanned stacks, norm, head."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moejax.compat import vary
+from moejax.config.model import ModelConfig
+from moejax.layers.cache import KVCache
+from moejax.layers.context import Context
+from moejax.layers.embedding import Embedding, Head
+from moejax.layers.norm import RMSNorm
+from moejax.models.block import Block, Kind
+from moejax.models.remat import rematerialize
+from moejax.moe.layer import MoELayer
+from moejax.moe.stats import RouterStats
+from moejax.parallel.plan import MeshPlan
+
+
+class Output(NamedTuple):
+    """What the layers give, before the head.
+
+    A competitive mixture keeps one stream for each expert: hidden is [E, B, T, D] and `log_gate_EBT` weighs them.
+    `stats` holds, for each stack and each sparse layer of its period, the RouterStats of all repeats.
+    """
+
+    hidden: Float[Array, "*E B T D"]
+    log_gate_EBT: Float[Array, "E B T"] | None
+    stats: list[list[RouterStats]]
+
+
+def periods(kinds: Sequence[Kind]) -> list[tuple[tuple[Kind, ...], int]]:
+    """Write a list of layers as (period, repeats): at each place the period that covers most, the shortest of those."""
+    runs: list[tuple[tuple[Kind, ...], int]] = []
+    start = 0
+    while start < len(kinds):
+        best = (tuple(kinds[start : start + 1]), 1)
+        for size in range(1, (len(kinds) - start) // 2 + 1):
+            period, repeats = tuple(kinds[start : start + size]), 1
+            while tuple(kinds[start + repeats * size : start + (repeats + 1) * size]) == period:
+                repeats += 1
+            if repeats > 1 and repeats * size > len(best[0]) * best[1]:
+                best = (period, repeats)
+        runs.append(best)
+        start += len(best[0]) * best[1]
+    return runs
+
+
+class Stack(nnx.Module):
+    """A period of blocks repeated: weights stacked [repeats, ...], one compiled body, scanned."""
+
+    def __init__(
+        self, config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs, period: Sequence[Kind], repeats: int, first: int
+    ) -> None:
+        def make(kind: Kind) -> Block:
+            @nnx.split_rngs(splits=repeats)
+            @nnx.vmap
+            def build(rngs: nnx.Rngs) -> Block:
+                return Block(config, plan, rngs, kind)
+
+            return build(rngs)
+
+        self.blocks = nnx.List([make(kind) for kind in period])
+        self.repeats, self.first = repeats, first
+        self.remat, self.zero_stage = config.remat, plan.config.zero_stage
+
+    def __call__(
+        self, x_BtD: Float[Array, "B t D"], context: Context
+    ) -> tuple[Float[Array, "B t D"], list[RouterStats]]:
+        """Run every layer; the stats' leaves have a leading dim of `repeats`."""
+        graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+
+        def body(x: Array, scanned: tuple[Array, tuple[nnx.State, ...]]) -> tuple[Array, list[RouterStats]]:
+            repeat, states = scanned
+            stats = []
+            for offset, (graph, state) in enumerate(zip(graphs, states, strict=True)):
+                layer = self.first + repeat * len(graphs) + offset
+                x, seen, _ = nnx.merge(graph, state)(x, context.at_layer(layer))
+                stats += [] if seen is None else [seen]
+            return x, stats
+
+        body = rematerialize(body, self.remat, self.zero_stage)
+        return lax.scan(body, x_BtD, (jnp.arange(self.repeats), states))
+
+    def unstacked(self) -> list[Block]:
+        """Give the layers one by one, in order."""
+        split = [nnx.split(block) for block in self.blocks]
+        return [
+            nnx.merge(graph, jax.tree.map(lambda leaf: leaf[repeat], state))  # noqa: B023 (called at once)
+            for repeat in range(self.repeats)
+            for graph, state in split
+        ]
+
+
+class Decoder(nnx.Module):
+    """The model that every file of this package lists the layers of."""
+
+    def __init__(self, config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs, kinds: Sequence[Kind]) -> None:
+        precision = config.precision
+        self.embedding = Embedding(plan, rngs, config.vocab, config.embed, precision)
+        self.competitive = config.moe is not None and config.moe.competitive
+        scanned = kinds[:-1] if self.competitive else kinds
+        self.stacks = nnx.List([])
+        first = 0
+        for period, repeats in periods(scanned):
+            self.stacks.append(Stack(config, plan, rngs, period, repeats, first))
+            first += len(period) * repeats
+        self.mixture = Block(config, plan, rngs, kinds[-1]) if self.competitive else None
+        self.norm = RMSNorm(plan, rngs, config.embed, config.norm_eps, precision)
+        self.head = Head(
+            plan, rngs, config.vocab, config.embed, precision, config.init_scale, tied=config.tie_embeddings
+        )
+        self.plan, self.config = plan, config
+
+    def __call__(self, ids_BT: Int[Array, "B T"], context: Context) -> Output:
+        """Run whole sequences through the layers: training, evaluation, and the oracle of cached decoding."""
+        x_BtD = self._embed(ids_BT)
+        stats = []
+        for stack in self.stacks:
+            x_BtD, seen = stack(x_BtD, context)
+            stats.append(seen)
+        if self.mixture is None:
+            return Output(self._finish(x_BtD), None, stats)
+        x_EBtD, log_gate_EBT, seen, _ = self.mixture.uncombined(x_BtD, context.at_layer(self.config.num_layers - 1))
+        return Output(self._finish(x_EBtD), log_gate_EBT, [*stats, [jax.tree.map(lambda a: a[None], seen)]])
+
+    def cached(
+        self, blocks: Sequence[Block], ids_BT: Int[Array, "B T"], context: Context, caches: Sequence[KVCache]
+    ) -> tuple[Output, list[KVCache]]:
+        """Run tokens that continue what the caches hold; `blocks` comes from `unstacked`, once for many calls."""
+        x_BtD, written = self._embed(ids_BT), []
+        for block, cache in zip(blocks, caches, strict=self.mixture is None):
+            x_BtD, _, cache = block(x_BtD, context, cache)
+            written.append(cache)
+        if self.mixture is None:
+            return Output(self._finish(x_BtD), None, []), written
+        x_EBtD, log_gate_EBT, _, cache = self.mixture.uncombined(x_BtD, context, caches[-1])
+        return Output(self._finish(x_EBtD), log_gate_EBT, []), [*written, cache]
+
+    def unstacked(self) -> list[Block]:
+        """Give all scanned layers one by one, for `cached`."""
+        return [block for stack in self.stacks for block in stack.unstacked()]
+
+    def empty_caches(self, batch: int, length: int) -> list[KVCache]:
+        """Make a cache for every layer: `batch` local sequences of `length` tokens."""
+        attention, dtype = self.config.attention, self.config.precision.compute
+        heads = attention.num_kv_heads // self.plan.degree("kv_heads")
+        empty = [KVCache.empty(batch, heads, length, attention.head_dim, dtype) for _ in range(self.config.num_layers)]
+        axes = self.plan.batch_axes() + self.plan.axes_of("heads")
+        return jax.tree.map(lambda leaf: vary(leaf, axes if leaf.ndim == 4 else self.plan.batch_axes()), empty)
+
+    def logits(self, output: Output) -> Float[Array, "B T v"]:
+        """Give the local columns of the logits; of a mixture, the log of the mixed probabilities."""
+        logits = self.head(output.hidden, self.embedding)
+        if output.log_gate_EBT is None:
+            return logits
+        plan = self.plan
+        shifted = logits - plan.max_over(logits.max(-1, keepdims=True), "vocab")
+        log_norm = jnp.log(plan.sum_over(jnp.exp(shifted).sum(-1, keepdims=True), "vocab"))
+        return jax.nn.logsumexp(output.log_gate_EBT[..., None] + shifted - log_norm, axis=0)
+
+    def update_router_bias(self, stats: list[list[RouterStats]]) -> None:
+        """Move every loss-free balancing bias by the load that its layer saw."""
+        for stack, seen in zip(self.stacks, stats, strict=self.mixture is None):
+            sparse = [block.ffn for block in stack.blocks if isinstance(block.ffn, MoELayer)]
+            for layer, layer_stats in zip(sparse, seen, strict=True):
+                layer.router.update_bias(layer_stats.load_E)
+
+    def _embed(self, ids_BT: Array) -> Array:
+        with jax.named_scope("embed"):
+            return vary(self.embedding(ids_BT), self.plan.batch_axes())
+
+    def _finish(self, x: Array) -> Array:
+        with jax.named_scope("norm"):
+            return self.plan.enter_tensor(self.norm(x))

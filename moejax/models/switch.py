@@ -1,0 +1,16 @@
+"""Switch transformer (arXiv 2101.03961): top-1 experts in every moe.every-th layer, gate = the full softmax probability."""
+
+from moejax.config.model import ModelConfig
+from moejax.models.block import Kind
+
+
+def layers(config: ModelConfig) -> list[Kind]:
+    """List the layers: the last of each period of moe.every is sparse."""
+    assert config.moe is not None
+    router = config.moe.router
+    if router.num_active != 1 or router.normalize:
+        raise ValueError(
+            f"a switch routes to one expert by its full probability: set num_active = 1, not {router.num_active}, "
+            "and normalize = false"
+        )
+    return ["sparse" if (i + 1) % config.moe.every == 0 else "dense" for i in range(config.num_layers)]

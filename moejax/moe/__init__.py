@@ -1,0 +1,1 @@
+"""The sparse layer: route, dispatch, experts, combine; with what balances the load and what records it."""

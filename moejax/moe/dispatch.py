@@ -1,0 +1,103 @@
+"""How do rows reach their experts and come back? Three ways that give the same sum; the dense one is the oracle."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.layers.context import Context
+from moejax.moe.experts import Experts
+from moejax.moe.router import Routing
+from moejax.ops.permute import combine_rows, gather_rows, sort_by_expert
+
+
+class Dispatched(NamedTuple):
+    """The combined outputs, and which of the chosen slots an expert really processed."""
+
+    y_BTD: Float[Array, "B T D"]
+    kept_BTA: Bool[Array, "B T A"]
+
+
+def _slot_numbers(routing: Routing, context: Context) -> Array:
+    experts = routing.probs_BTE.shape[-1]
+    return context.tokens_BT()[..., None] * jnp.uint32(experts) + routing.experts_BTA.astype(jnp.uint32)
+
+
+def dispatch_dense(experts: Experts, x_BTD: Float[Array, "B T D"], routing: Routing, context: Context) -> Dispatched:
+    """Run every expert on every token and weigh with zeros: E/A times the work, no permutation."""
+    outputs_EBTD = expert_outputs(experts, x_BTD, context, routing.probs_BTE.shape[-1])
+    hot_BTAE = jax.nn.one_hot(routing.experts_BTA, outputs_EBTD.shape[0], dtype=routing.weights_BTA.dtype)
+    weights_BTA = jnp.where(routing.chosen_BTA, routing.weights_BTA, 0.0)
+    weights_BTE = jnp.einsum("BTA,BTAE->BTE", weights_BTA, hot_BTAE)
+    y_BTD = jnp.einsum("BTE,EBTD->BTD", weights_BTE, outputs_EBTD.astype(weights_BTE.dtype))
+    return Dispatched(y_BTD.astype(x_BTD.dtype), routing.chosen_BTA)
+
+
+def expert_outputs(
+    experts: Experts, x_BTD: Float[Array, "B T D"], context: Context, num_experts: int
+) -> Float[Array, "E B T D"]:
+    """Give every expert's output for every token, uncombined."""
+    batch, length, dim = x_BTD.shape
+    token_M = context.tokens_BT().reshape(-1)
+    slots_EM = token_M[None] * jnp.uint32(num_experts) + jnp.arange(num_experts, dtype=jnp.uint32)[:, None]
+    outputs_EMD = experts.all_rows(x_BTD.reshape(-1, dim), slots_EM, context)
+    return outputs_EMD.reshape(num_experts, batch, length, dim)
+
+
+def dispatch_sorted(experts: Experts, x_BTD: Float[Array, "B T D"], routing: Routing, context: Context) -> Dispatched:
+    """Sort the slots by expert and run grouped matmuls: no slot is padded, none dropped."""
+    batch, length, dim = x_BTD.shape
+    active = routing.experts_BTA.shape[-1]
+    order = sort_by_expert(
+        routing.experts_BTA.reshape(-1, active), routing.probs_BTE.shape[-1], routing.chosen_BTA.reshape(-1, active)
+    )
+    x_RD = gather_rows(x_BTD.reshape(-1, dim), order, active)
+    slots_R = _slot_numbers(routing, context).reshape(-1)[order.rows_R]
+    y_RD = experts.grouped(x_RD, order.group_sizes_E, slots_R, context)
+    weights_MA = jnp.where(routing.chosen_BTA, routing.weights_BTA, 0.0).reshape(-1, active)
+    y_MD = combine_rows(y_RD, weights_MA, order)
+    return Dispatched(y_MD.reshape(batch, length, dim).astype(x_BTD.dtype), routing.chosen_BTA)
+
+
+def slot_positions(
+    experts_BTA: Int[Array, "B T A"], chosen_BTA: Bool[Array, "B T A"], num_experts: int
+) -> Int[Array, "B T A"]:
+    """Number each expert's slots of a sequence 0, 1, 2 ...: first choices before second ones, then token order."""
+    batch, length, active = experts_BTA.shape
+    hot_BATE = jax.nn.one_hot(experts_BTA.swapaxes(1, 2), num_experts, dtype=jnp.int32)
+    hot_BATE = hot_BATE * chosen_BTA.swapaxes(1, 2)[..., None]
+    hot_BIE = hot_BATE.reshape(batch, active * length, num_experts)
+    before_BIE = jnp.cumsum(hot_BIE, axis=1) - hot_BIE
+    return (before_BIE * hot_BIE).sum(-1).reshape(batch, active, length).swapaxes(1, 2)
+
+
+def dispatch_capacity(
+    experts: Experts, x_BTD: Float[Array, "B T D"], routing: Routing, context: Context, slots: int
+) -> Dispatched:
+    """Give each expert `slots` places per sequence; what overflows is left to the residual (arXiv 2101.03961)."""
+    batch, length, dim = x_BTD.shape
+    active, num_experts = routing.experts_BTA.shape[-1], routing.probs_BTE.shape[-1]
+    position_BTA = slot_positions(routing.experts_BTA, routing.chosen_BTA, num_experts)
+    kept_BTA = routing.chosen_BTA & (position_BTA < slots)
+    # One place past the end takes what is dropped; its token is T, a row of zeros.
+    place_BTA = jnp.where(kept_BTA, routing.experts_BTA * slots + position_BTA, num_experts * slots)
+    token_BTA = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :, None], place_BTA.shape)
+    sequence_B = jnp.arange(batch)[:, None]
+
+    def fill(values_BTA: Array, empty: int) -> Array:
+        places = jnp.full((batch, num_experts * slots + 1), empty, values_BTA.dtype)
+        flat = (batch, length * active)
+        return places.at[sequence_B, place_BTA.reshape(flat)].set(values_BTA.reshape(flat))[:, :-1]
+
+    def by_expert(x: Array) -> Array:
+        return x.reshape(batch, num_experts, slots, *x.shape[2:]).swapaxes(0, 1).reshape(num_experts, -1, *x.shape[2:])
+
+    padded_BTD = jnp.pad(x_BTD, ((0, 0), (0, 1), (0, 0)))
+    x_BPD = jnp.take_along_axis(padded_BTD, fill(token_BTA, length)[..., None], axis=1)
+    y_ECD = experts.batched(by_expert(x_BPD), by_expert(fill(_slot_numbers(routing, context), 0)), context)
+    y_BPD = y_ECD.reshape(num_experts, batch, slots, dim).swapaxes(0, 1).reshape(batch, -1, dim)
+    rows_BTAD = jnp.pad(y_BPD, ((0, 0), (0, 1), (0, 0)))[sequence_B[..., None], place_BTA]
+    weights_BTA = jnp.where(kept_BTA, routing.weights_BTA, 0.0)
+    y_BTD = jnp.einsum("BTA,BTAD->BTD", weights_BTA, rows_BTAD.astype(weights_BTA.dtype))
+    return Dispatched(y_BTD.astype(x_BTD.dtype), kept_BTA)

@@ -1,0 +1,60 @@
+"""The experts' weights, stacked, and the three shapes in which rows reach them."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt32
+
+from moejax.config.model import MoEConfig, Precision
+from moejax.layers.context import PURPOSE_EXPERT, Context
+from moejax.layers.param import make_param, read
+from moejax.ops.grouped_matmul import grouped_matmul
+from moejax.ops.random import dropout
+from moejax.ops.swiglu import swiglu
+from moejax.parallel.plan import MeshPlan
+
+Slots = UInt32[Array, "*X"]
+"""Each row's (token, expert) number in the global batch: token * E + expert. It decides the row's dropout."""
+
+
+class Experts(nnx.Module):
+    """E SwiGLU layers: experts over `expert`, each one's hidden dim over tensor; results are partial sums."""
+
+    def __init__(
+        self, plan: MeshPlan, rngs: nnx.Rngs, dim: int, moe: MoEConfig, precision: Precision, scale: float = 1.0
+    ) -> None:
+        e, f, dtype = moe.num_experts, moe.expert_ffn, precision.params
+        wide, down = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
+        self.gate = make_param(plan, rngs, (e, dim, f), wide, dtype, fan_in=dim, scale=scale)
+        self.up = make_param(plan, rngs, (e, dim, f), wide, dtype, fan_in=dim, scale=scale)
+        self.down = make_param(plan, rngs, (e, f, dim), down, dtype, fan_in=f, scale=scale)
+        self.plan, self.rate, self.dtype = plan, moe.dropout, precision.compute
+
+    def all_rows(self, x_MD: Float[Array, "M D"], slots_EM: Slots, context: Context) -> Float[Array, "E M D"]:
+        """Run every expert on every row."""
+        gate, up, down = self._weights()
+        h_EMF = swiglu(jnp.einsum("MD,EDF->EMF", x_MD, gate), jnp.einsum("MD,EDF->EMF", x_MD, up))
+        return jnp.einsum("EMF,EFD->EMD", self._drop(h_EMF, slots_EM, context), down)
+
+    def batched(self, x_ECD: Float[Array, "E C D"], slots_EC: Slots, context: Context) -> Float[Array, "E C D"]:
+        """Run each expert on its own C rows."""
+        gate, up, down = self._weights()
+        h_ECF = swiglu(jnp.einsum("ECD,EDF->ECF", x_ECD, gate), jnp.einsum("ECD,EDF->ECF", x_ECD, up))
+        return jnp.einsum("ECF,EFD->ECD", self._drop(h_ECF, slots_EC, context), down)
+
+    def grouped(
+        self, x_RD: Float[Array, "R D"], group_sizes_E: Int[Array, " E"], slots_R: Slots, context: Context
+    ) -> Float[Array, "R D"]:
+        """Run each expert on its group of consecutive rows."""
+        gate, up, down = self._weights()
+        h_RF = swiglu(grouped_matmul(x_RD, gate, group_sizes_E), grouped_matmul(x_RD, up, group_sizes_E))
+        return grouped_matmul(self._drop(h_RF, slots_R, context), down, group_sizes_E)
+
+    def _weights(self) -> tuple[Array, Array, Array]:
+        return read(self.gate, self.dtype), read(self.up, self.dtype), read(self.down, self.dtype)
+
+    def _drop(self, h: Array, slots: Slots, context: Context) -> Array:
+        if self.rate == 0.0 or not context.training:
+            return h
+        first = self.plan.index("expert_ffn") * h.shape[-1]
+        column = (first + jnp.arange(h.shape[-1])).astype(jnp.uint32)
+        return dropout(h, self.rate, context.draw(PURPOSE_EXPERT), slots[..., None], column)

@@ -1,0 +1,130 @@
+"""Which experts see a token, with what weight?"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.config.model import MoEConfig, Precision
+from moejax.layers.context import PURPOSE_ROUTER, Context
+from moejax.layers.param import make_param, read
+from moejax.ops.random import normal_at, uniform_at
+from moejax.parallel.plan import MeshPlan
+
+
+class RouterBias(nnx.Variable):
+    """The loss-free balancing bias b_E (arXiv 2408.15664): moved by the load, never by a gradient."""
+
+
+class Routing(NamedTuple):
+    """What every router returns, for B sequences of T tokens and A slots each.
+
+    A slot that is not `chosen` (padding, or a token that expert choice left out) reaches no expert. Expert choice and
+    soft mixtures have a slot for every expert: A = E, in the experts' order.
+    """
+
+    experts_BTA: Int[Array, "B T A"]
+    weights_BTA: Float[Array, "B T A"]
+    chosen_BTA: Bool[Array, "B T A"]
+    logits_BTE: Float[Array, "B T E"]
+    probs_BTE: Float[Array, "B T E"]
+    smooth_load_BTE: Float[Array, "B T E"] | None = None
+
+
+class Router(nnx.Module):
+    """Scores every expert in the router's own precision and picks by the configured rule."""
+
+    def __init__(self, plan: MeshPlan, rngs: nnx.Rngs, dim: int, moe: MoEConfig, precision: Precision) -> None:
+        experts, config = moe.num_experts, moe.router
+        made = {"shape": (dim, experts), "axes": ("embed", None), "dtype": precision.params, "fan_in": dim}
+        self.weight = make_param(plan, rngs, **made)
+        self.noise = make_param(plan, rngs, **made) if config.noise == "gaussian" else None
+        self.bias = RouterBias(jnp.zeros(experts, precision.router)) if config.bias_update_rate else None
+        self.config, self.dtype = config, precision.router
+        self.capacity_factor = moe.capacity_factor or 1.0
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> Routing:
+        """Route the tokens; padding (segment 0) is not chosen."""
+        x_BTD = x_BTD.astype(self.dtype)
+        valid_BT = context.segments_BT > 0
+        if self.config.noise == "jitter" and context.training:
+            x_BTD = x_BTD * self._jitter(x_BTD, context)
+        logits_BTE = x_BTD @ read(self.weight, self.dtype)
+        if self.config.kind == "soft":
+            return _all_experts(logits_BTE, valid_BT)
+        if self.config.kind == "expert_choice":
+            if not context.training and context.index_BT.shape[1] == 1:
+                raise ValueError("expert choice sees whole sequences: it is for training, and cannot generate")
+            slots = num_slots(x_BTD.shape[1], self.config.num_active, logits_BTE.shape[-1], self.capacity_factor)
+            return _expert_choice(logits_BTE, valid_BT, slots)
+        noisy_BTE, std_BTE = self._noise(x_BTD, logits_BTE, context)
+        return self._top_k(noisy_BTE, logits_BTE, std_BTE, valid_BT)
+
+    def _jitter(self, x_BTD: Array, context: Context) -> Array:
+        column = jnp.arange(x_BTD.shape[-1], dtype=jnp.uint32)
+        u_BTD = uniform_at(context.draw(PURPOSE_ROUTER), context.tokens_BT()[..., None], column)
+        return (1.0 + self.config.jitter * (2.0 * u_BTD - 1.0)).astype(x_BTD.dtype)
+
+    def _noise(self, x_BTD: Array, logits_BTE: Array, context: Context) -> tuple[Array, Array | None]:
+        """Add N(0, softplus(x W_noise)^2) to the logits (arXiv 1701.06538)."""
+        if self.noise is None or not context.training:
+            return logits_BTE, None
+        std_BTE = jax.nn.softplus(x_BTD @ read(self.noise, self.dtype))
+        column = jnp.arange(logits_BTE.shape[-1], dtype=jnp.uint32)
+        draw_BTE = normal_at(context.draw(PURPOSE_ROUTER), context.tokens_BT()[..., None], column)
+        return logits_BTE + draw_BTE.astype(std_BTE.dtype) * std_BTE, std_BTE
+
+    def _top_k(self, noisy_BTE: Array, clean_BTE: Array, std_BTE: Array | None, valid_BT: Array) -> Routing:
+        active = self.config.num_active
+        scores_BTE = jax.nn.softmax(noisy_BTE) if self.config.score == "softmax" else jax.nn.sigmoid(noisy_BTE)
+        ranked_BTE = scores_BTE if self.bias is None else scores_BTE + lax.stop_gradient(self.bias[...])
+        _, experts_BTA = lax.top_k(lax.stop_gradient(ranked_BTE), active)
+        weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
+        if self.config.normalize:
+            # The floor keeps a token whose chosen scores all underflow finite.
+            total_BT1 = weights_BTA.sum(-1, keepdims=True)
+            weights_BTA = weights_BTA / jnp.maximum(total_BT1, jnp.finfo(total_BT1.dtype).tiny)
+        probs_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+        chosen_BTA = jnp.broadcast_to(valid_BT[..., None], experts_BTA.shape)
+        load_BTE = None if std_BTE is None else _smooth_load(noisy_BTE, clean_BTE, std_BTE, active)
+        return Routing(experts_BTA, weights_BTA, chosen_BTA, noisy_BTE, probs_BTE, load_BTE)
+
+    def update_bias(self, load_LE: Float[Array, "*L E"]) -> None:
+        """Move the bias one step towards the experts that saw less than the mean (arXiv 2408.15664)."""
+        if self.bias is not None:
+            error = load_LE.mean(-1, keepdims=True) - load_LE
+            self.bias[...] += (self.config.bias_update_rate * jnp.sign(error)).astype(self.dtype)
+
+
+def num_slots(length: int, active: int, experts: int, factor: float) -> int:
+    """Give the slots per expert and sequence: ceil(factor * T * A / E), at least 1, at most T."""
+    return max(1, min(length, -int(-(factor * length * active) // experts)))
+
+
+def _all_experts(logits_BTE: Array, valid_BT: Array) -> Routing:
+    probs_BTE = jax.nn.softmax(logits_BTE)
+    experts = jnp.broadcast_to(jnp.arange(probs_BTE.shape[-1], dtype=jnp.int32), probs_BTE.shape)
+    chosen = jnp.broadcast_to(valid_BT[..., None], probs_BTE.shape)
+    return Routing(experts, probs_BTE, chosen, logits_BTE, probs_BTE)
+
+
+def _expert_choice(logits_BTE: Array, valid_BT: Array, slots: int) -> Routing:
+    """Let every expert pick its `slots` best tokens of each sequence (arXiv 2202.09368)."""
+    probs_BTE = jax.nn.softmax(logits_BTE)
+    wanted_BET = jnp.where(valid_BT[:, None], lax.stop_gradient(probs_BTE).swapaxes(1, 2), -1.0)
+    _, tokens_BEC = lax.top_k(wanted_BET, slots)
+    picked_BET = jax.nn.one_hot(tokens_BEC, wanted_BET.shape[-1], dtype=jnp.bool_).any(axis=2)
+    chosen_BTE = picked_BET.swapaxes(1, 2) & valid_BT[..., None]
+    routing = _all_experts(logits_BTE, valid_BT)
+    return routing._replace(weights_BTA=jnp.where(chosen_BTE, probs_BTE, 0.0), chosen_BTA=chosen_BTE)
+
+
+def _smooth_load(noisy_BTE: Array, clean_BTE: Array, std_BTE: Array, active: int) -> Array:
+    """Give the probability that each expert would be chosen if its own noise were drawn again (1701.06538, eq. 9)."""
+    top = lax.top_k(noisy_BTE, min(active + 1, noisy_BTE.shape[-1]))[0]
+    inside = noisy_BTE >= top[..., active - 1 : active]
+    threshold = jnp.where(inside, top[..., -1:], top[..., active - 1 : active])
+    return jax.scipy.special.ndtr((clean_BTE - threshold) / std_BTE)

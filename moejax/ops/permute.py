@@ -1,0 +1,124 @@
+"""How do rows travel to their experts and back? By gathers alone: the transpose of a permutation is its inverse.
+
+A slot is one of a token's A choices, numbered m*A + a. A place is an index in the sorted order.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.compat import vary_like
+
+
+class Order(NamedTuple):
+    """Where each of the R = M*A slots stands once every expert's slots are one run."""
+
+    rows_R: Int[Array, "R"]
+    """the slot at each place; slots that are not chosen come last"""
+    inverse_R: Int[Array, "R"]
+    """the place of each slot"""
+    group_sizes_E: Int[Array, "E"]
+    """how many chosen slots each expert has"""
+
+
+def combine_reference(
+    y_RD: Float[Array, "R D"], weights_MA: Float[Array, "M A"], order: Order
+) -> Float[Array, "M D"]:
+    """Sum each token's rows by weight with a scatter-add over the chosen places: the oracle."""
+    num_tokens, num_active = weights_MA.shape
+    wide = jnp.promote_types(y_RD.dtype, jnp.float32)
+    chosen_R = jnp.arange(y_RD.shape[0]) < order.group_sizes_E.sum()
+    weight_R = jnp.where(chosen_R, weights_MA.reshape(-1)[order.rows_R], 0).astype(wide)
+    terms_RD = jnp.where(chosen_R[:, None], y_RD, 0).astype(wide) * weight_R[:, None]
+    zeros_MD = jnp.zeros((num_tokens, y_RD.shape[1]), wide)
+    return zeros_MD.at[order.rows_R // num_active].add(terms_RD).astype(y_RD.dtype)
+
+
+def sort_by_expert(
+    experts_MA: Int[Array, "M A"], num_experts: int, chosen_MA: Bool[Array, "M A"] | None = None
+) -> Order:
+    """Sort the slots by expert, and within an expert by slot; slots that are not chosen come last and are not counted."""
+    key_R = experts_MA.astype(jnp.int32).reshape(-1)
+    if chosen_MA is not None:
+        key_R = jnp.where(chosen_MA.reshape(-1), key_R, num_experts)
+    rows_R = jnp.argsort(key_R, stable=True).astype(jnp.int32)
+    places_R = jnp.arange(key_R.size, dtype=jnp.int32)
+    inverse_R = jnp.zeros_like(rows_R).at[rows_R].set(places_R, unique_indices=True, mode="promise_in_bounds")
+    group_sizes_E = (key_R[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    return Order(rows_R, inverse_R, group_sizes_E)
+
+
+def gather_rows(x_MD: Float[Array, "M D"], order: Order, num_active: int) -> Float[Array, "R D"]:
+    """Copy each token's row to the places of its slots; a place whose slot is not chosen holds zeros.
+
+    The gradient sums a token's rows in float32 or wider and reads nothing from the places not chosen.
+    """
+    x_MD, *order = _to_common_axes(x_MD, *order)
+    return _gather_rows(num_active, x_MD, Order(*order))
+
+
+def combine_rows(y_RD: Float[Array, "R D"], weights_MA: Float[Array, "M A"], order: Order) -> Float[Array, "M D"]:
+    """Sum each token's rows by weight, in float32 or wider; slots that are not chosen add nothing, whatever y holds."""
+    y_RD, weights_MA, *order = _to_common_axes(y_RD, weights_MA, *order)
+    return _combine_rows(y_RD, weights_MA, Order(*order))
+
+
+def _to_common_axes(*arrays: Array) -> list[Array]:
+    """Let all inputs of a custom_vjp vary on the same mesh axes; the transpose sums the gradients back."""
+    return [vary_like(x, *arrays) for x in arrays]
+
+
+def _rows_of_choice(y_RD: Array, order: Order, choice: int, num_active: int) -> Float[Array, "M D"]:
+    """Bring every token the row of its a-th choice, zeros where that slot is not chosen; float32 or wider."""
+    place_M = order.inverse_R.reshape(-1, num_active)[:, choice]
+    y_MD = y_RD.at[place_M].get(mode="promise_in_bounds")
+    y_MD = jnp.where((place_M < order.group_sizes_E.sum())[:, None], y_MD, 0)
+    return y_MD.astype(jnp.promote_types(y_RD.dtype, jnp.float32))
+
+
+def _rows_of_tokens(x_MD: Array, order: Order, num_active: int) -> Float[Array, "R D"]:
+    chosen_R = jnp.arange(order.rows_R.size) < order.group_sizes_E.sum()
+    return jnp.where(chosen_R[:, None], x_MD.at[order.rows_R // num_active].get(mode="promise_in_bounds"), 0)
+
+
+@jax.custom_vjp
+def _combine_rows(y_RD: Array, weights_MA: Array, order: Order) -> Array:
+    num_active = weights_MA.shape[1]
+    terms = (_rows_of_choice(y_RD, order, a, num_active) * weights_MA[:, a, None] for a in range(num_active))
+    return sum(terms, start=jnp.zeros((), jnp.promote_types(y_RD.dtype, jnp.float32))).astype(y_RD.dtype)
+
+
+def _combine_rows_fwd(y_RD: Array, weights_MA: Array, order: Order) -> tuple[Array, tuple]:
+    return _combine_rows(y_RD, weights_MA, order), (y_RD, weights_MA, order)
+
+
+def _combine_rows_bwd(saved: tuple, dout_MD: Array) -> tuple:
+    y_RD, weights_MA, order = saved
+    num_active = weights_MA.shape[1]
+    weight_R = weights_MA.reshape(-1)[order.rows_R]
+    wide = jnp.promote_types(y_RD.dtype, jnp.float32)
+    dy_RD = _rows_of_tokens(dout_MD, order, num_active).astype(wide) * weight_R[:, None]
+    dweights = [(_rows_of_choice(y_RD, order, a, num_active) * dout_MD).sum(-1) for a in range(num_active)]
+    return dy_RD.astype(y_RD.dtype), jnp.stack(dweights, axis=1).astype(weights_MA.dtype), None
+
+
+_combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+
+
+def _gather_rows(num_active: int, x_MD: Array, order: Order) -> Array:
+    return _rows_of_tokens(x_MD, order, num_active)
+
+
+def _gather_rows_fwd(num_active: int, x_MD: Array, order: Order) -> tuple[Array, Order]:
+    return _rows_of_tokens(x_MD, order, num_active), order
+
+
+def _gather_rows_bwd(num_active: int, order: Order, dx_RD: Array) -> tuple:
+    terms = (_rows_of_choice(dx_RD, order, a, num_active) for a in range(num_active))
+    return sum(terms, start=jnp.zeros((), jnp.promote_types(dx_RD.dtype, jnp.float32))).astype(dx_RD.dtype), None
+
+
+_gather_rows = jax.custom_vjp(_gather_rows, nondiff_argnums=(0,))
+_gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)

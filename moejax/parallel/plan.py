@@ -1,0 +1,147 @@
+"""MeshPlan: which devices hold what, and which collectives join them? The only file that names shard_map and Mesh.
+
+The whole step is one manual program: `plan.spmd(f, ins, outs)` runs `f` once per device on that device's part of the
+arrays, and the type checker (`check_vma`) refuses a result that was declared equal on all devices but was not reduced.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moejax.axes import BATCH_AXES, MESH_AXES
+from moejax.compat import vary, varying_axes
+from moejax.config.mesh import MeshConfig
+from moejax.parallel.rules import Rules, make_rules
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """The devices, the table of logical axes, and the configuration they come from. Frozen and hashable."""
+
+    mesh: Mesh
+    rules: Rules
+    config: MeshConfig
+
+    @classmethod
+    def from_config(cls, config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> "MeshPlan":
+        """Lay `devices` (default: all) out as the configuration says; raise ValueError unless they fit exactly."""
+        devices = jax.devices() if devices is None else devices
+        config = config.fill(len(devices))
+        if len(devices) == 1:
+            grid = np.asarray(devices).reshape(config.degrees())
+        else:
+            grid = mesh_utils.create_device_mesh(config.degrees(), list(devices))
+        mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        return cls(mesh, make_rules(config), config)
+
+    @classmethod
+    def single(cls) -> "MeshPlan":
+        """Give the plan of the first device alone."""
+        return cls.from_config(MeshConfig(), jax.devices()[:1])
+
+    # --- layout: host side and program borders ---
+
+    def size(self, axis: str) -> int:
+        """Give the degree of a mesh axis, 1 when unused."""
+        return self.mesh.shape[axis]
+
+    def axes_of(self, *names: str | None) -> tuple[str, ...]:
+        """Give the mesh axes of size > 1 on which any of the logical axes lies."""
+        used = {axis for name in names if name is not None for axis in self.rules[name]}
+        return tuple(axis for axis in MESH_AXES if axis in used)
+
+    def degree(self, *names: str | None) -> int:
+        """Give the number of parts that the logical axes are split into."""
+        return math.prod(self.size(axis) for axis in self.axes_of(*names))
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """Give the PartitionSpec of an array from its dims' logical names; two dims on one mesh axis: ValueError."""
+        seen: dict[str, str] = {}
+        entries: list[tuple[str, ...] | None] = []
+        for name in names:
+            axes = self.axes_of(name)
+            for axis in axes:
+                if axis in seen:
+                    raise ValueError(f'"{seen[axis]}" and "{name}" would both be split over mesh axis "{axis}"')
+                seen[axis] = str(name)
+            entries.append(axes or None)
+        return PartitionSpec(*entries)
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """Give the NamedSharding of an array from its dims' logical names."""
+        return self.place(self.spec(*names))
+
+    def place(self, spec: PartitionSpec) -> NamedSharding:
+        """Put a spec on this mesh."""
+        return NamedSharding(self.mesh, spec)
+
+    def spmd(self, f: Callable[..., Any], ins: Tree, outs: Tree) -> Callable[..., Any]:
+        """Run `f` on every device's part of its arguments: THE shard_map. `ins` and `outs` are trees of specs."""
+        return jax.shard_map(f, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=True)
+
+    # --- collectives, by logical name: inside the program ---
+
+    def sum_over(self, x: jax.Array, *names: str) -> jax.Array:
+        """Sum the devices' parts along logical axes (all-reduce)."""
+        axes = self.axes_of(*names)
+        return lax.psum(vary(x, axes), axes) if axes else x
+
+    def mean_over(self, x: jax.Array, *names: str) -> jax.Array:
+        """Average the devices' values along logical axes (all-reduce)."""
+        axes = self.axes_of(*names)
+        return lax.pmean(vary(x, axes), axes) if axes else x
+
+    def max_over(self, x: jax.Array, *names: str) -> jax.Array:
+        """Take the maximum along logical axes (all-reduce); no gradient."""
+        axes = self.axes_of(*names)
+        return lax.pmax(vary(lax.stop_gradient(x), axes), axes) if axes else lax.stop_gradient(x)
+
+    def gather(self, x: jax.Array, name: str, dim: int) -> jax.Array:
+        """Join the devices' parts of `dim` along a logical axis (all-gather); the same on every device."""
+        axes = self.axes_of(name)
+        return lax.all_gather(vary(x, axes), axes, axis=dim, tiled=True, to="invarying") if axes else x
+
+    def index(self, name: str) -> jax.Array:
+        """Give this device's rank along a logical axis, an int32 scalar."""
+        axes = self.axes_of(name)
+        return lax.axis_index(axes) if axes else jnp.int32(0)
+
+    def agree(self, x: jax.Array) -> jax.Array:
+        """Turn a value that is equal on all devices, though its type says that it varies, into an unvarying one."""
+        axes = tuple(sorted(varying_axes(x)))
+        return lax.pmean(x, axes) if axes else x
+
+    def enter_tensor(self, x_BtD: jax.Array) -> jax.Array:
+        """Bring the residual stream to every tensor rank, whole: Megatron's f (arXiv 1909.08053, 2205.05198).
+
+        With sequence parallelism an all-gather of residual_seq (transpose: reduce-scatter), otherwise nothing
+        (transpose: all-reduce).
+        """
+        if self.size("tensor") == 1:
+            return x_BtD
+        if self.config.sequence_parallel:
+            return lax.all_gather(x_BtD, "tensor", axis=x_BtD.ndim - 2, tiled=True)
+        return vary(x_BtD, ("tensor",))
+
+    def leave_tensor(self, y_BTD: jax.Array) -> jax.Array:
+        """Sum the tensor ranks' partial results back into the residual stream: Megatron's g."""
+        if self.size("tensor") == 1:
+            return y_BTD
+        y_BTD = vary(y_BTD, ("tensor",))
+        if self.config.sequence_parallel:
+            return lax.psum_scatter(y_BTD, "tensor", scatter_dimension=y_BTD.ndim - 2, tiled=True)
+        return lax.psum(y_BTD, "tensor")
+
+    def batch_axes(self) -> tuple[str, ...]:
+        """Give the mesh axes over which gradients are summed: every one that splits tokens but no weight."""
+        return tuple(a for a in (*BATCH_AXES, "sequence") if self.size(a) > 1)

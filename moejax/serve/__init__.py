@@ -1,0 +1,1 @@
+"""Serving: from a request to tokens; knows no command line."""

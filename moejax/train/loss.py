@@ -1,0 +1,55 @@
+"""How wrong is the model on a batch, and what do its routers add?"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moejax.models.decoder import Decoder, Output
+from moejax.moe.stats import RouterStats
+from moejax.ops.cross_entropy import cross_entropy, mixture_cross_entropy
+from moejax.parallel.plan import MeshPlan
+
+
+def token_losses(model: Decoder, output: Output, targets_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Give each target's cross-entropy in nats; of a competitive mixture, -log of the mixed probability."""
+    targets_M = targets_BT.reshape(-1)
+    if output.log_gate_EBT is None:
+        return _cross_entropy(model, output.hidden, targets_M).reshape(targets_BT.shape)
+    # One expert's logits at a time: E of them would not fit.
+    loss_EM = lax.map(jax.checkpoint(lambda x_BTD: _cross_entropy(model, x_BTD, targets_M)), output.hidden)
+    log_gate_EM = output.log_gate_EBT.reshape(loss_EM.shape)
+    loss_M = mixture_cross_entropy(log_gate_EM.astype(loss_EM.dtype), loss_EM)
+    return loss_M.reshape(targets_BT.shape)
+
+
+def _cross_entropy(model: Decoder, x_BTD: Array, targets_M: Array) -> Array:
+    plan = model.plan
+    logits_Mv = model.head(x_BTD.reshape(-1, x_BTD.shape[-1]), model.embedding)
+    return cross_entropy(
+        logits_Mv,
+        targets_M,
+        plan.index("vocab") * logits_Mv.shape[-1],
+        sum_over=lambda x: plan.sum_over(x, "vocab"),
+        max_over=lambda x: plan.max_over(x, "vocab"),
+    )
+
+
+def sum_tokens(plan: MeshPlan, x_BT: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Sum over all tokens of all devices."""
+    return plan.sum_over(x_BT.sum(), "batch", "seq")
+
+
+def router_loss(stats: list[list[RouterStats]]) -> Float[Array, ""] | float:
+    """Sum what the sparse layers add to the training loss."""
+    return sum((jnp.sum(layer.loss) for stack in stats for layer in stack), 0.0)
+
+
+def in_layer_order(stats: list[list[RouterStats]]) -> RouterStats | None:
+    """Join the stacks' stats: leaves [sparse layers, ...], repeats outermost within a stack; None if there are none."""
+    stacks = [
+        jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *stack)
+        for stack in stats
+        if stack
+    ]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks) if stacks else None

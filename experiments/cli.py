@@ -244,7 +244,7 @@ def user_message(error: Exception) -> str | None:
     """
     if "RESOURCE_EXHAUSTED" in str(error):
         return f"out of device memory; lower train.global_batch, or raise train.microbatches: {_first_line(error)}"
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, FloatingPointError)):
         return str(error)
     if isinstance(error, ValidationError):
         return load.explain(error)

@@ -60,15 +60,15 @@ class BatchSource:
         finally:
             iterator.close()  # ends the threads when the loop is left
 
-    def eval_batches(self, num: int) -> Iterator[Batch]:
+    def eval_batches(self, num: int, part: slice = slice(None)) -> Iterator[Batch]:
         """Give the first `num` batches, or fewer where the first epoch ends before: no target counts twice.
 
-        Targets beyond that epoch have weight 0 and 0 bytes; every batch has the full shape.
+        Targets beyond that epoch have weight 0 and 0 bytes; the shapes are those of `local`.
         """
         index = self.dataset.index
         for step in range(min(num, -(-index.rows_per_epoch // self.global_batch))):
-            batch = self.batch(step)
-            rows = step * self.global_batch + np.arange(self.global_batch).reshape(self.microbatches, -1, 1)
+            batch = self.local(step, part)
+            rows = step * self.global_batch + np.arange(self.global_batch).reshape(self.microbatches, -1, 1)[:, part]
             inside = rows * index.seq_len + np.arange(index.seq_len) + 1 < index.num_tokens
             yield batch | {name: batch[name] * inside.astype(batch[name].dtype) for name in ("weights", "bytes")}
 

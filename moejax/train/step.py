@@ -13,12 +13,13 @@ from jaxtyping import Array
 
 from moejax.config.run import RunConfig
 from moejax.layers.context import Context
+from moejax.models import ModelParts
 from moejax.ops.random import fold
 from moejax.parallel import zero
 from moejax.parallel.plan import MeshPlan
 from moejax.train import optimizer as optimizers
 from moejax.train.loss import in_layer_order, router_loss, sum_tokens, token_losses
-from moejax.train.state import ModelParts, TrainState, state_specs
+from moejax.train.state import TrainState, state_specs
 
 Tree = Any
 Batch = dict[str, Array]

@@ -76,6 +76,8 @@ def test_validation_counts_every_target_once(source):
     for batch, again in zip(source.eval_batches(2), batches, strict=False):
         assert batch["inputs"].shape == (2, 4, 16)
         assert_same(batch, again)
+    parts = [list(source.eval_batches(1000, part))[-1] for part in (slice(0, 3), slice(3, 4))]
+    assert_same({name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}, batches[-1])
 
 
 def test_a_corpus_smaller_than_a_row_repeats(store_of):

@@ -1,0 +1,98 @@
+"""How does a run survive? Asynchronous, atomic Orbax checkpoints that restore onto any mesh."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from moejax.train.state import TrainState
+
+VAL_LOSS = "val_loss"
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest few and the best by validation loss are kept.
+
+    A save is written beside and renamed when complete: one that dies half-way leaves the others as they were.
+    """
+
+    def __init__(self, directory: Path, keep_last: int = 2, read_only: bool = False) -> None:
+        self.directory = directory.absolute()
+        keep = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep_last),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[VAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep, create=not read_only, read_only=read_only)
+        with self._clear_errors("opening"):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """Give the newest complete step, None if there is none."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Give all complete steps."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], val_loss: float | None = None) -> None:
+        """Start writing a checkpoint; the arrays may be donated as soon as this returns."""
+        metrics = None if val_loss is None else {VAL_LOSS: val_loss}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta))
+        with self._clear_errors("saving"):
+            self._manager.save(step, args=args, metrics=metrics, force=True)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Read what was saved beside the arrays."""
+        with self._clear_errors("reading"):
+            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Read a checkpoint onto the shardings of `abstract`, whatever mesh it was saved on."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_tree(abstract)))
+        with self._clear_errors("reading"):
+            return TrainState(**self._manager.restore(step, args=args)["state"])
+
+    def wait(self) -> None:
+        """Wait until everything is on disk."""
+        with self._clear_errors("saving"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish what is being written and let go."""
+        with self._clear_errors("saving"):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _clear_errors(self, doing: str) -> Any:
+        """Say in one line what failed and what is left; the libraries below raise many types for a full disk."""
+        try:
+            yield
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0][:300]
+            raise OSError(
+                f"{doing} the checkpoint in {self.directory} failed ({type(error).__name__}: {first}); complete "
+                "checkpoints there are untouched: make room on the disk and start again with --resume"
+            ) from error
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    return dict(state.__dict__)
+
+
+def check_same_model(saved: dict[str, Any], model: dict[str, Any], where: Path) -> None:
+    """Raise ValueError naming the first setting in which a checkpoint's model differs from this one."""
+
+    def first(a: Any, b: Any, key: str) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for name in a | b:
+                first(a.get(name), b.get(name), f"{key}.{name}")
+        elif a != b and key not in ("model.remat", "model.attention.implementation", "model.moe.dispatch"):
+            raise ValueError(f"{where} holds another model: {key} is {a} there and {b} here; give that model, or another --out")
+
+    first(saved, model, "model")

@@ -1,0 +1,219 @@
+"""The training loop: batches in, state on, records out, checkpoints beside."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.accounting.chips import find_chip
+from moejax.accounting.model_cost import model_cost
+from moejax.config.run import RunConfig
+from moejax.data import BatchSource, Data
+from moejax.models import ModelParts
+from moejax.parallel.plan import MeshPlan
+from moejax.parallel.rules import check_batch
+from moejax.train import optimizer as optimizers
+from moejax.train.checkpoint import Checkpoints, check_same_model
+from moejax.train.metrics import MetricsWriter, device_memory, step_record
+from moejax.train.state import TrainState, abstract_state, init_state
+from moejax.train.step import Batch, batch_specs, make_eval_step, make_train_step
+
+Stats = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `fit` ended."""
+
+    step: int
+    stopped_early: bool
+    """by a signal: the run can go on"""
+    validation: Stats
+    """val_loss (nats per token) and val_bits_per_byte; empty if stopped early"""
+
+
+class Stop:
+    """Turns SIGTERM and SIGINT into a flag, so that the step that is running ends and is saved."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Stop":
+        """Listen; a second signal of the same kind then acts as it always does."""
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        self.asked = True
+        signal.signal(number, self._before[signal.Signals(number)])
+
+
+class Trainer:
+    """One run: its programs, its data and its checkpoints."""
+
+    def __init__(self, config: RunConfig, plan: MeshPlan, parts: ModelParts, data: Data, out: Path) -> None:
+        train = config.train
+        check_batch(plan.rules, plan.config, train.global_batch, train.microbatches, train.seq_len)
+        self.config, self.plan, self.parts, self.data, self.out = config, plan, parts, data, out
+        self.optimizer = optimizers.build(config.optimizer, train.steps, parts.placements)
+        self.train_step = make_train_step(parts, self.optimizer, config)
+        self.eval_step = make_eval_step(parts)
+        self.checkpoints = Checkpoints(out / "checkpoints", train.keep_last)
+        self.source = BatchSource(data.train, train.global_batch, train.microbatches)
+        self.chip = find_chip(jax.devices()[0].device_kind)
+        self.flops = model_cost(parts, train.seq_len).train_flops
+
+    def start(self) -> TrainState:
+        """Restore the newest checkpoint, or make the state of step 0."""
+        step = self.checkpoints.latest()
+        if step is None:
+            return init_state(self.parts, self.optimizer, self.config.train.seed)
+        meta = self.checkpoints.meta(step)
+        check_same_model(meta["model"], dataclasses.asdict(self.config.model), self.checkpoints.directory)
+        if meta["data"] != self.data.fingerprint:
+            raise ValueError(
+                f"the corpus {self.config.data.source} has changed since this run began (sha256 {meta['data'][:12]} "
+                f"then, {self.data.fingerprint[:12]} now; a standard library differs between Python releases): "
+                "give the old corpus back, or start another --out"
+            )
+        return self.checkpoints.restore(step, abstract_state(self.parts, self.optimizer))
+
+    def fit(self) -> Result:
+        """Train to the configured step, or until a signal; save at the end either way."""
+        train = self.config.train
+        began = time.perf_counter()
+        state = self.start()
+        first = int(state.step)
+        writer = MetricsWriter(self.out, first, train.steps, train.tensorboard)
+        if first:
+            writer.say(f"resumed from step {first}")
+        validation: Stats = {}
+        clock = Clock(first)
+        step = first
+        batches = self.source.batches(first, self.config.data.prefetch)
+        try:
+            with Stop() as stop:
+                while step < train.steps and not stop.asked:
+                    state, metrics = self.train_step(state, self._place(next(batches)))
+                    step += 1
+                    if step == first + 1:
+                        jax.block_until_ready(metrics)
+                        writer.say(f"first step done {time.perf_counter() - began:.1f} s after start (compilation included)")
+                        clock = Clock(step)
+                    if step % train.log_every == 0 or step == train.steps or step == first + 1:
+                        self._log(writer, step, metrics, clock)
+                    writer.advance(step)
+                    due = _due(step, train.eval_every, train.steps)
+                    if due:
+                        with clock.paused():
+                            validation = self._validate(writer, step, state)
+                    if _due(step, train.checkpoint_every, train.steps):
+                        with clock.paused():
+                            self._save(step, state, validation if due else {})
+            if stop.asked and step < train.steps:
+                self._save(step, state, {})
+            self.checkpoints.wait()
+        finally:
+            batches.close()
+            writer.close()
+            self.checkpoints.close()
+        return Result(step, step < train.steps, validation)
+
+    def evaluate(self, state: TrainState) -> Stats:
+        """Give loss and bits per byte on the held-out text; inference rules: no dropout, no capacity."""
+        rows = max(self.plan.degree("batch"), self.config.train.global_batch // self.config.train.microbatches)
+        source = BatchSource(self.data.val, rows)
+        sums: list[dict[str, jax.Array]] = [
+            self.eval_step(state.params, state.buffers, self._place(batch))
+            for batch in source.eval_batches(self.config.train.eval_batches)
+        ]
+        total = jax.tree.map(lambda *values: float(np.sum(values)), *jax.device_get(sums))
+        nats = total["nats"]
+        return {
+            "val_loss": nats / max(total["tokens"], 1),
+            "val_bits_per_byte": nats / math.log(2) / max(total["bytes"], 1),
+        }
+
+    def _validate(self, writer: MetricsWriter, step: int, state: TrainState) -> Stats:
+        stats = self.evaluate(state)
+        writer.write({"step": step} | stats)
+        return stats
+
+    def _log(self, writer: MetricsWriter, step: int, metrics: dict[str, Any], clock: "Clock") -> None:
+        """Fetch one step's metrics (the loop's only wait for the device) and write them."""
+        fetched = jax.device_get(metrics)
+        record = step_record(step, fetched)
+        in_a_row, limit = int(fetched["skipped_in_a_row"]), self.config.train.max_bad_steps
+        if in_a_row >= limit:
+            raise FloatingPointError(
+                f"step {step}: the gradient was not finite for {in_a_row} steps in a row (train.max_bad_steps = "
+                f"{limit}); lower optimizer.lr ({self.config.optimizer.lr:g}) or resume from a checkpoint before"
+            )
+        seconds, steps = clock.lap(step)
+        if steps:
+            train = self.config.train
+            rate = steps * train.global_batch * train.seq_len / seconds / self.plan.mesh.size
+            record |= {"tokens_per_s_per_device": rate, "tflops": rate * self.flops / 1e12}
+            if self.chip is not None:
+                peak = self.chip.flops.get(self.config.model.precision.compute)
+                record |= {"mfu": rate * self.flops / peak} if peak else {}
+        record["memory_gb"] = device_memory() / 1e9
+        if fetched["router"] is not None:
+            record["load"] = np.asarray(fetched["router"].load_E).astype(int).tolist()
+        writer.write(record)
+
+    def _save(self, step: int, state: TrainState, validation: Stats) -> None:
+        meta = {
+            "model": dataclasses.asdict(self.config.model),
+            "mesh": dataclasses.asdict(self.plan.config),
+            "seed": self.config.train.seed,
+            "data": self.data.fingerprint,
+            "versions": {"jax": jax.__version__, "numpy": np.__version__},
+        }
+        self.checkpoints.save(step, state, meta, validation.get("val_loss"))
+
+    def _place(self, batch: dict[str, np.ndarray]) -> Batch:
+        """Put a global batch [Y, B, T] on the devices; each process hands over the rows of its own."""
+        specs = batch_specs(self.plan)
+        return {
+            key: jax.make_array_from_callback(value.shape, self.plan.place(specs[key]), value.__getitem__)
+            for key, value in batch.items()
+        }
+
+
+class Clock:
+    """Times steps, with evaluation and saving left out."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._since, self._out = step, time.perf_counter(), 0.0
+
+    def lap(self, step: int) -> tuple[float, int]:
+        """Give seconds and steps since the last lap."""
+        now = time.perf_counter()
+        seconds, steps = now - self._since - self._out, step - self._step
+        self._step, self._since, self._out = step, now, 0.0
+        return seconds, steps
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave a block's time out."""
+        began = time.perf_counter()
+        yield
+        self._out += time.perf_counter() - began
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Everything that must hold before a commit: lint, format, types, tests. With arguments: pytest alone, with them.
+#     bash scripts/test.sh                    bash scripts/test.sh tests/ops -x                    bash scripts/test.sh -m slow
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+cd "$ROOT"
+make_venv dev
+SECONDS=0
+trap 'echo "$([ $? = 0 ] && echo passed || echo FAILED) after $((SECONDS / 60)) min $((SECONDS % 60)) s"' EXIT
+
+python() { "$VENV/bin/python" -m "$@"; }
+
+if [ $# = 0 ]; then
+    echo "== ruff"
+    python ruff check --quiet .
+    python ruff format --check .
+    echo "== pyright"
+    python pyright --pythonpath "$VENV/bin/python"
+    echo "== pytest"
+fi
+python pytest "$@"

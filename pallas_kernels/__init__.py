@@ -1,1 +1,1 @@
-"""GPU kernels in Pallas, one file for each op of moejax/ops; they see local arrays and know no mesh, no model, no config."""
+"""GPU kernels in Pallas, one file for each op of moejax/ops; they see local arrays and know no mesh and no config."""

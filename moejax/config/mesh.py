@@ -56,3 +56,7 @@ class MeshConfig:
                 "hide devices (CUDA_VISIBLE_DEVICES), or try it on a CPU with --fake-devices N"
             )
         return MeshConfig(**{**self.__dict__, "data": data})
+
+    def for_decoding(self) -> "MeshConfig":
+        """Leave sequence parallelism out: one token cannot be split, and no weight lies differently for it."""
+        return MeshConfig(**{**self.__dict__, "sequence_parallel": False})

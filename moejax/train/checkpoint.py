@@ -4,9 +4,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from moejax.models import ModelParts
 from moejax.train.state import TrainState
 
 VAL_LOSS = "val_loss"
@@ -57,6 +59,36 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_tree(abstract)))
         with self._clear_errors("reading"):
             return TrainState(**self._manager.restore(step, args=args)["state"])
+
+    def choose(self, step: int | None) -> int:
+        """Give `step`, or the newest one for None; raise ValueError where there is no such checkpoint."""
+        steps = self.steps()
+        if not steps:
+            raise ValueError(f"{self.directory} holds no complete checkpoint: train first, or wait for the first save")
+        if step is not None and step not in steps:
+            raise ValueError(f"{self.directory} holds no checkpoint of step {step}, only of {steps}")
+        return steps[-1] if step is None else step
+
+    def restore_weights(self, step: int, parts: ModelParts) -> tuple[Any, Any]:
+        """Read the weights and router buffers alone, onto the mesh of `parts`."""
+
+        def place(shapes: Any, specs: Any) -> Any:
+            return jax.tree.map(
+                lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parts.plan.place(spec)), shapes, specs
+            )
+
+        abstract = {
+            "params": place(parts.shapes, parts.weight_specs()),
+            "buffers": place(parts.buffer_shapes, parts.buffer_specs()),
+        }
+        args = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        with self._clear_errors("reading"):
+            state = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        return state["params"], state["buffers"]
 
     def wait(self) -> None:
         """Wait until everything is on disk."""

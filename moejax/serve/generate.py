@@ -1,0 +1,175 @@
+"""How does a batch of prompts go on? One compiled loop with a cache, and one without: the oracle."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from moejax.compat import vary
+from moejax.layers.context import Context
+from moejax.models import Decoder, ModelParts
+from moejax.ops.random import fold
+from moejax.serve.sampling import Sampling, sample
+
+Tree = Any
+
+PROMPT_MULTIPLE = 16
+"""Prompts are padded on the left to a multiple, so that nearby lengths share one compiled program."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A compiled way to go on for up to `new` tokens; `eos` ends a sequence (-1: never)."""
+
+    parts: ModelParts
+    new: int
+    sampling: Sampling = Sampling()
+    eos: int = -1
+    cached: bool = True
+
+    def __post_init__(self) -> None:
+        moe = self.parts.config.moe
+        if moe is not None and moe.router.kind == "expert_choice":
+            raise ValueError("expert choice looks at the whole sequence: such a model is for training, it cannot generate")
+        if self.new < 1:
+            raise ValueError(f"the number of new tokens ({self.new}) must be at least 1")
+
+    def compile(self) -> Callable[[Tree, Tree, Array, Array, Array], Array]:
+        """Give the jitted program (params, buffers, ids_BT, pad_B, seed) -> tokens [B, new]; B divides by the mesh."""
+        plan = self.parts.plan
+        ins = (self.parts.weight_specs(), self.parts.buffer_specs(), plan.spec("batch", None), plan.spec("batch"))
+        return jax.jit(plan.spmd(self._program, (*ins, PartitionSpec()), plan.spec("batch", None)))
+
+    def _program(self, params: Tree, buffers: Tree, ids_BT: Array, pad_B: Array, seed: Array) -> Array:
+        """Run on this device's sequences; prompts stand right-aligned, `pad_B` counts what is before them."""
+        plan = self.parts.plan
+        model = self.parts.merge(params, buffers)
+        batch, prompt = ids_BT.shape
+        rows_B = (plan.index("batch") * batch + jnp.arange(batch)).astype(jnp.uint32)
+        key = jax.random.key_data(jax.random.key(seed))
+        if self.cached:
+            read = CachedReader(model, batch, prompt + self.new)
+            state, logits_BV = read.start(ids_BT, pad_B)
+        else:
+            read = FullReader(model, prompt + self.new)
+            state, logits_BV = read.start(ids_BT, pad_B)
+        mine = plan.batch_axes()
+
+        def going(carry: tuple[Array, ...]) -> Array:
+            index, _, _, _, _, active = carry
+            return (index < self.new) & active
+
+        def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            index, tokens_BI, done_B, state, logits_BV, _ = carry
+            next_B = sample(logits_BV, self.sampling, fold(key, index), rows_B)
+            next_B = jnp.where(done_B, max(self.eos, 0), next_B)
+            tokens_BI = lax.dynamic_update_slice_in_dim(tokens_BI, next_B[:, None], index, 1)
+            done_B = done_B | (next_B == self.eos)
+            state, logits_BV = read.next(state, next_B, prompt + index, pad_B)
+            active = plan.sum_over((~done_B).sum(), "batch") > 0
+            return index + 1, tokens_BI, done_B, state, logits_BV, active
+
+        tokens_BI = vary(jnp.zeros((batch, self.new), jnp.int32), mine)
+        done_B = vary(jnp.zeros(batch, bool), mine)
+        start = (jnp.int32(0), tokens_BI, done_B, state, logits_BV, jnp.bool_(True))
+        tokens_BI = lax.while_loop(going, body, start)[1]
+        # What was never reached, since every sequence had ended, reads as the end token.
+        ended_BI = jnp.cumsum(tokens_BI == self.eos, axis=1) > 0 if self.eos >= 0 else jnp.zeros_like(tokens_BI, bool)
+        return jnp.where(ended_BI, self.eos, tokens_BI)
+
+
+def last_logits(model: Decoder, output: Any) -> Array:
+    """Give the last token's logits over the whole vocabulary."""
+    last = output._replace(hidden=output.hidden[..., -1:, :])
+    if output.log_gate_EBT is not None:
+        last = last._replace(log_gate_EBT=output.log_gate_EBT[..., -1:])
+    return model.plan.gather(model.logits(last)[:, 0], "vocab", 1)
+
+
+def _context(index_BT: Array, pad_B: Array, segments_BT: Array) -> Context:
+    batch = index_BT.shape[0]
+    rows_B = jnp.arange(batch, dtype=jnp.uint32)
+    return Context(jnp.maximum(index_BT - pad_B[:, None], 0), index_BT, segments_BT, rows_B)
+
+
+class CachedReader:
+    """Reads the prompt once, then token by token; layers are taken out of their stacks once, before the loop."""
+
+    def __init__(self, model: Decoder, batch: int, length: int) -> None:
+        self.model, self.blocks = model, model.unstacked()
+        self.batch, self.length = batch, length
+
+    def start(self, ids_BT: Array, pad_B: Array) -> tuple[Any, Array]:
+        """Read the prompts; give the caches and the next token's logits."""
+        caches = self.model.empty_caches(self.batch, self.length)
+        index_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+        segments_BT = (index_BT >= pad_B[:, None]).astype(jnp.int32)
+        return self._run(caches, ids_BT, _context(index_BT, pad_B, segments_BT))
+
+    def next(self, caches: Any, next_B: Array, index: Array, pad_B: Array) -> tuple[Any, Array]:
+        """Read one token of each sequence, standing at `index`."""
+        index_B1 = jnp.broadcast_to(index, (next_B.shape[0], 1))
+        segments_B1 = vary(jnp.ones_like(index_B1), self.model.plan.batch_axes())
+        return self._run(caches, next_B[:, None], _context(index_B1, pad_B, segments_B1))
+
+    def _run(self, caches: Any, ids_BT: Array, context: Context) -> tuple[Any, Array]:
+        output, caches = self.model.cached(self.blocks, ids_BT, context, caches)
+        return caches, last_logits(self.model, output)
+
+
+class FullReader:
+    """Reads everything again for every token: slow, simple, right."""
+
+    def __init__(self, model: Decoder, length: int) -> None:
+        self.model, self.length = model, length
+
+    def start(self, ids_BT: Array, pad_B: Array) -> tuple[Any, Array]:
+        """Put the prompts into buffers of full length and read them."""
+        ids_BS = jnp.pad(ids_BT, ((0, 0), (0, self.length - ids_BT.shape[1])))
+        return ids_BS, self._logits(ids_BS, jnp.int32(ids_BT.shape[1] - 1), pad_B)
+
+    def next(self, ids_BS: Any, next_B: Array, index: Array, pad_B: Array) -> tuple[Any, Array]:
+        """Add one token at `index` and read the whole sequences."""
+        ids_BS = lax.dynamic_update_slice_in_dim(ids_BS, next_B[:, None], index, 1)
+        return ids_BS, self._logits(ids_BS, index, pad_B)
+
+    def _logits(self, ids_BS: Array, last: Array, pad_B: Array) -> Array:
+        index_BS = jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.int32), ids_BS.shape)
+        segments_BS = ((index_BS >= pad_B[:, None]) & (index_BS <= last)).astype(jnp.int32)
+        output = self.model(ids_BS, _context(index_BS, pad_B, segments_BS))
+        hidden = lax.dynamic_slice_in_dim(output.hidden, last, 1, output.hidden.ndim - 2)
+        gate = output.log_gate_EBT
+        gate = None if gate is None else lax.dynamic_slice_in_dim(gate, last, 1, 2)
+        return last_logits(self.model, output._replace(hidden=hidden, log_gate_EBT=gate))
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Right-align prompts into ids [B, T] and count the padding before each; B is filled up to `multiple` by repeats.
+
+    Raise ValueError for an empty prompt.
+    """
+    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt must hold at least one token")
+    longest = max(map(len, prompts))
+    length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    filled = [prompts[i % len(prompts)] for i in range(-(-len(prompts) // multiple) * multiple)]
+    ids_BT = np.zeros((len(filled), length), np.int32)
+    for row, prompt in zip(ids_BT, filled, strict=True):
+        row[length - len(prompt) :] = prompt
+    return ids_BT, np.asarray([length - len(prompt) for prompt in filled], np.int32)
+
+
+def generate(
+    generator: Generator, params: Tree, buffers: Tree, prompts: Sequence[Sequence[int]], seed: int = 0
+) -> list[list[int]]:
+    """Give each prompt's continuation, without its end token."""
+    ids_BT, pad_B = pad_prompts(prompts, generator.parts.plan.degree("batch"))
+    tokens = np.asarray(generator.compile()(params, buffers, ids_BT, pad_B, np.int32(seed)))[: len(prompts)]
+    rows = [row.tolist() for row in tokens]
+    return [row[: row.index(generator.eos)] if generator.eos in row else row for row in rows]

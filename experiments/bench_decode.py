@@ -1,4 +1,4 @@
-"""Time generation with random weights: median new tokens/s with its spread, compilation and the prompt's reading apart."""
+"""Time generation with random weights: median new tokens/s with its spread, compilation and prefill apart."""
 
 import argparse
 import json

@@ -14,6 +14,7 @@ Imports no jax: `--fake-devices` must be heard before jax starts.
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import io
@@ -168,10 +169,22 @@ def use_cpu(num_devices: int | None = None) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed instead of giving it back to the system.
+
+    XLA:CPU takes every large buffer from malloc; fresh pages each step made memory-bound loops 4 to 6 times slower.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library has no mallopt
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        for parameter in (trim_threshold, mmap_threshold):
+            ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
+
+
 def setup_jax() -> None:
-    """Keep compiled programs between processes, in $MOEJAX_CACHE or ~/.cache/moejax/xla."""
+    """Set the process up: malloc, and compiled programs kept in $MOEJAX_CACHE or ~/.cache/moejax/xla."""
     import jax
 
+    keep_freed_memory()
     cache = Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax" / "xla")
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -5,19 +5,22 @@ Ctrl-C and SIGTERM save first; `--resume` goes on from the newest checkpoint, on
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments import cli
 from moejax.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from moejax.train.loop import Result
 
 
 def main(argv: list[str]) -> int:
     """Run the experiment."""
     arguments = cli.parse(argv, name="train", doc=__doc__)
     cli.setup_jax()
-    import jax
-
     from moejax.data import prepare
     from moejax.models import ModelParts
     from moejax.parallel.plan import MeshPlan
@@ -27,33 +30,46 @@ def main(argv: list[str]) -> int:
     plan = MeshPlan.from_config(config.mesh)
     parts = ModelParts.of(config.model, plan)
     data = prepare(config.data, config.model.vocab, config.train.seq_len, config.train.seed)
-    cli.prepare_out(out, config, arguments.resume)
-    data.tokenizer.save(out / "tokenizer.json")
+    trainer = Trainer(config, plan, parts, data, out)  # refuses what does not fit, before anything is written
+    resuming = cli.prepare_out(out, config, arguments.resume)
     print(describe(config, parts))
     print(data.describe())
-    trainer = Trainer(config, plan, parts, data, out)
+    if resuming and trainer.checkpoints.latest() is None:
+        print(f"{out} holds no complete checkpoint yet: starting at step 0")
     result = trainer.fit()
     baselines = {
         "byte unigram": data.val_text_stats.unigram_entropy,
         "bz2 -9": data.val_text_stats.bz2_bits_per_byte,
     }
+    finish(out, result, config.train.steps, baselines)
+    return 0
+
+
+def finish(out: Path, result: "Result", steps: int, baselines: dict[str, float]) -> None:
+    """Draw the pictures, write result.json, and say what came out and how to go on."""
+    import jax
+
+    from moejax.train.metrics import finite
+
+    path = shlex.quote(str(out))
+    fake = f" --fake-devices {jax.device_count()}" if jax.default_backend() == "cpu" and jax.device_count() > 1 else ""
+    resume = f"python -m experiments.train --out {path} --resume{fake}"
+    if not (result.validation or result.stopped_early):
+        print(f"{out} is at step {result.step} of {steps} already; go on with")
+        print(f"  {resume} --train.steps {2 * result.step}")
+        return
     if jax.process_index() == 0:
         draw(out, baselines)
-    resume = f"python -m experiments.train --out {out} --resume"
     if result.stopped_early:
-        print(f"stopped at step {result.step} of {config.train.steps}, saved; go on with\n  {resume}")
-        return 0
-    report = {"step": result.step} | result.validation | {"bits_per_byte_of": baselines}
+        print(f"stopped at step {result.step} of {steps}, saved; go on with\n  {resume}")
+        return
+    report = {"step": result.step} | finite(result.validation) | {"bits_per_byte_of": baselines}
     (out / "result.json").write_text(json.dumps(report, indent=1) + "\n")
-    bits = result.validation.get("val_bits_per_byte", float("nan"))
-    print(
-        f"held-out text: {bits:.3f} bits per byte (byte unigram {baselines['byte unigram']:.3f}, "
-        f"bz2 -9 {baselines['bz2 -9']:.3f}); loss {result.validation.get('val_loss', float('nan')):.4f} nats per token"
-    )
-    print(f"pictures: {out / 'loss.png'}" + (f", {out / 'router_load.png'}" if config.model.moe else ""))
-    print(f"sample:   python -m experiments.generate --run {out} --prompt 'The '")
-    print(f"go on:    {resume} --train.steps {2 * config.train.steps}")
-    return 0
+    others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
+    print(f"held-out text: {result.validation['val_bits_per_byte']:.3f} bits per byte ({others})")
+    print(f"pictures: {', '.join(str(picture) for picture in sorted(out.glob('*.png')))}")
+    print(f"sample:   python -m experiments.generate --run {path} --prompt 'The '")
+    print(f"go on:    {resume} --train.steps {2 * steps}")
 
 
 def describe(config: RunConfig, parts) -> str:
@@ -68,25 +84,25 @@ def describe(config: RunConfig, parts) -> str:
     cost, memory = model_cost(parts, train.seq_len), estimate_memory(parts, train)
     tokens = train.global_batch * train.seq_len
     kinds = ("params", "gradients", "optimizer", "activations")
-    shares = ", ".join(f"{kind} {_bytes(getattr(memory, kind))}" for kind in kinds)
+    shares = ", ".join(f"{kind} {_units(getattr(memory, kind), 'B')}" for kind in kinds)
     split = f"; ZeRO-{mesh.zero_stage}" + (", sequence parallel" if mesh.sequence_parallel else "")
     return "\n".join(
         [
             f"devices: {len(jax.devices())} x {device.device_kind} ({device.platform}); mesh: {axes}{split}",
             f"model:   {config.model.name}, {cost.total_params / 1e6:.2f} M weights, "
             f"{cost.active_params / 1e6:.2f} M active per token",
-            f"memory:  {_bytes(memory.total)} per device predicted: {shares}",
-            f"step:    {tokens} tokens, {tokens * cost.train_flops / 1e12:.3f} TFLOP",
+            f"memory:  {_units(memory.total, 'B')} per device predicted: {shares}",
+            f"step:    {tokens:,} tokens, {_units(tokens * cost.train_flops, 'FLOP')}",
         ]
     )
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
+def _units(count: float, unit: str) -> str:
+    for prefix in ("", "K", "M", "G", "T"):
         if count < 1000:
-            return f"{count:.3g} {unit}"
+            return f"{count:.3g} {prefix}{unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:.3g} P{unit}"
 
 
 def draw(out: Path, baselines: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What differs between the jax and flax versions that we support: one function for each difference, and no other place."""
+"""What differs between the jax and flax versions that we support: one function each, and no other place."""
 
 from collections.abc import Iterable
 

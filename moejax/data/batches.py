@@ -4,7 +4,7 @@ Step s takes rows s * G to (s + 1) * G of the packed dataset. The batch depends 
 saves the step, and any process builds the rows it needs without asking another.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,9 @@ class BatchSource:
         """Build the whole batch of a step, each array [Y, G / Y, T]."""
         return self.local(step, slice(None))
 
-    def batches(self, start_step: int = 0, prefetch: int = 2, part: slice = slice(None)) -> Iterator[Batch]:
+    def batches(
+        self, start_step: int = 0, prefetch: int = 2, part: slice = slice(None)
+    ) -> Generator[Batch, None, None]:
         """Give the batches from start_step on, without end, `prefetch` of them built ahead in threads."""
         import grain  # here: its import brings jax, which serving a batch does not need
 
@@ -60,7 +62,7 @@ class BatchSource:
         finally:
             iterator.close()  # ends the threads when the loop is left
 
-    def eval_batches(self, num: int, part: slice = slice(None)) -> Iterator[Batch]:
+    def eval_batches(self, num: int, part: slice = slice(None)) -> Generator[Batch, None, None]:
         """Give the first `num` batches, or fewer where the first epoch ends before: no target counts twice.
 
         Targets beyond that epoch have weight 0 and 0 bytes; the shapes are those of `local`.

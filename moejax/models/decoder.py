@@ -1,7 +1,7 @@
 """A decoder-only language model: embedding, a list of layers run as scanned stacks, norm, head."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,16 +131,16 @@ class Decoder(nnx.Module):
 
     def cached(
         self, blocks: Sequence[Block], ids_BT: Int[Array, "B T"], context: Context, caches: Sequence[KVCache]
-    ) -> tuple[Output, list[KVCache]]:
+    ) -> tuple[Output, list[Any]]:
         """Run tokens that continue what the caches hold; `blocks` comes from `unstacked`, once for many calls."""
         x_BtD, written = self._embed(ids_BT), []
         for block, cache in zip(blocks, caches, strict=self.mixture is None):
-            x_BtD, _, cache = block(x_BtD, context, cache)
-            written.append(cache)
+            x_BtD, _, new = block(x_BtD, context, cache)
+            written += [new]
         if self.mixture is None:
             return Output(self._finish(x_BtD), None, []), written
-        x_EBtD, log_gate_EBT, _, cache = self.mixture.uncombined(x_BtD, context, caches[-1])
-        return Output(self._finish(x_EBtD), log_gate_EBT, []), [*written, cache]
+        x_EBtD, log_gate_EBT, _, new = self.mixture.uncombined(x_BtD, context, caches[-1])
+        return Output(self._finish(x_EBtD), log_gate_EBT, []), [*written, new]
 
     def unstacked(self) -> list[Block]:
         """Give all scanned layers one by one, for `cached`."""

@@ -1,4 +1,4 @@
-"""Switch transformer (arXiv 2101.03961): top-1 experts in every moe.every-th layer, gate = the full softmax probability."""
+"""Switch transformer (arXiv 2101.03961): top-1 experts in every moe.every-th layer, gated by the full softmax."""
 
 from moejax.config.model import ModelConfig
 from moejax.models.block import Kind

@@ -26,9 +26,7 @@ class RouterStats(NamedTuple):
     """mean entropy of the router's probabilities, nats"""
 
 
-def record(
-    plan: MeshPlan, router: Router, routing: Routing, kept_BTA: Array, valid_BT: Array
-) -> RouterStats:
+def record(plan: MeshPlan, router: Router, routing: Routing, kept_BTA: Array, valid_BT: Array) -> RouterStats:
     """Count what was routed and kept, and compute the balance losses."""
     load_E = expert_load(plan, routing, valid_BT)
     losses, total = router_losses(plan, router.config, routing, load_E, valid_BT)

@@ -1,5 +1,6 @@
 """What does a query see? Softmax attention over grouped heads, causal inside a segment."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.compat import vary_like
+
 Drop = Callable[[Array], Array]
 """Dropout of the probabilities p_BKGTS."""
 
-QUERY_BLOCK = 512
-"""Queries that the blockwise path scores at a time."""
+MIN_BLOCK, MAX_BLOCKS = 64, 16
+"""The blockwise path scores at least so many queries at a time, in at most so many blocks (each is compiled)."""
 
 
 def visible(
@@ -58,22 +61,90 @@ def blockwise_attention(
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     visible_BTS: Bool[Array, "B T S"],
-    block: int = QUERY_BLOCK,
+    block: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attend a block of queries at a time, against the keys up to the block's end, recomputing scores backward.
+    """Attend a block of queries at a time, against the keys up to the block's end; scores are recomputed backward.
 
-    For T = S alone (key i is at index i): skips the half of the scores that causality hides.
+    For T = S alone (key i is at index i): skips the half of the scores that causality hides, and keeps the rest in
+    cache; O(T) memory is saved for the backward (arXiv 2205.14135).
     """
     length = q_BTNH.shape[1]
     if k_BSKH.shape[1] != length:
         raise ValueError(f"blockwise attention needs as many keys ({k_BSKH.shape[1]}) as queries ({length})")
-    attend = jax.checkpoint(naive_attention)
+    block = block or max(MIN_BLOCK, -(-length // (MAX_BLOCKS * MIN_BLOCK)) * MIN_BLOCK)
+    arrays = (q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+    q_BTNH, k_BSKH, v_BSKH, visible_BTS = (vary_like(x, *arrays) for x in arrays)
     parts = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        mask = visible_BTS[:, start:stop, :stop]
-        parts.append(attend(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask))
+        mask_BtS = visible_BTS[:, start:stop, :stop]
+        parts.append(_attend_block(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask_BtS))
     return jnp.concatenate(parts, axis=1)
+
+
+@jax.custom_vjp
+def _attend_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> Array:
+    return _attend_block_fwd(q_BTNH, k_BSKH, v_BSKH, visible_BTS)[0]
+
+
+def _by_kv_head(x_BTNH: Array, kv_heads: int) -> Array:
+    """Turn [B, T, N, H] into [B, K, G*T, H]: the queries that share a key/value head are one matrix's rows."""
+    batch, length, heads, dim = x_BTNH.shape
+    x_BTKGH = x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    return x_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+
+
+def _by_query(x_BKQH: Array, length: int) -> Array:
+    """Undo `_by_kv_head`."""
+    batch, kv_heads, _, dim = x_BKQH.shape
+    x_BKGTH = x_BKQH.reshape(batch, kv_heads, -1, length, dim)
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, dim)
+
+
+def _scores(q_BKQH: Array, k_BSKH: Array, visible_BTS: Array) -> Array:
+    """Give the masked scores [B, K, G*T, S]; the mask is added: one pass less than a select."""
+    batch, kv_heads, rows, dim = q_BKQH.shape
+    wide = jnp.promote_types(q_BKQH.dtype, jnp.float32)
+    scale = jnp.asarray(1.0 / math.sqrt(dim), q_BKQH.dtype)
+    s_BKQS = jnp.einsum("BKQH,BSKH->BKQS", q_BKQH * scale, k_BSKH, preferred_element_type=wide)
+    bias_BTS = jnp.where(visible_BTS, 0.0, 0.5 * jnp.finfo(wide).min).astype(wide)
+    _, length, keys = visible_BTS.shape
+    s_BKGTS = s_BKQS.reshape(batch, kv_heads, -1, length, keys) + bias_BTS[:, None, None]
+    return s_BKGTS.reshape(batch, kv_heads, rows, keys)
+
+
+def _attend_block_fwd(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> tuple[Array, tuple]:
+    length, kv_heads = q_BTNH.shape[1], k_BSKH.shape[2]
+    q_BKQH = _by_kv_head(q_BTNH, kv_heads)
+    s_BKQS = _scores(q_BKQH, k_BSKH, visible_BTS)
+    max_BKQ1 = s_BKQS.max(-1, keepdims=True)
+    e_BKQS = jnp.exp(s_BKQS - max_BKQ1)
+    norm_BKQ1 = e_BKQS.sum(-1, keepdims=True)
+    o_BKQH = jnp.einsum("BKQS,BSKH->BKQH", e_BKQS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=norm_BKQ1.dtype)
+    # A query that sees nothing: zero output, and (by an infinite log-sum-exp) zero probabilities backward.
+    sees_BKQ1 = max_BKQ1 > 0.25 * jnp.finfo(s_BKQS.dtype).min
+    o_BKQH = jnp.where(sees_BKQ1, o_BKQH / norm_BKQ1, 0.0)
+    lse_BKQ1 = jnp.where(sees_BKQ1, max_BKQ1 + jnp.log(norm_BKQ1), jnp.inf)
+    saved = (q_BKQH, k_BSKH, v_BSKH, visible_BTS, o_BKQH, lse_BKQ1)
+    return _by_query(o_BKQH, length).astype(q_BTNH.dtype), saved
+
+
+def _attend_block_bwd(saved: tuple, do_BTNH: Array) -> tuple:
+    q_BKQH, k_BSKH, v_BSKH, visible_BTS, o_BKQH, lse_BKQ1 = saved
+    dtype, wide, length = q_BKQH.dtype, lse_BKQ1.dtype, do_BTNH.shape[1]
+    do_BKQH = _by_kv_head(do_BTNH, k_BSKH.shape[2])
+    p_BKQS = jnp.exp(_scores(q_BKQH, k_BSKH, visible_BTS) - lse_BKQ1)
+    dot = functools.partial(jnp.einsum, preferred_element_type=wide)
+    dv_BSKH = dot("BKQS,BKQH->BSKH", p_BKQS.astype(dtype), do_BKQH)
+    dp_BKQS = dot("BKQH,BSKH->BKQS", do_BKQH, v_BSKH)
+    delta_BKQ1 = (do_BKQH.astype(wide) * o_BKQH).sum(-1, keepdims=True)
+    ds_BKQS = (p_BKQS * (dp_BKQS - delta_BKQ1) / math.sqrt(q_BKQH.shape[-1])).astype(dtype)
+    dq_BKQH = dot("BKQS,BSKH->BKQH", ds_BKQS, k_BSKH)
+    dk_BSKH = dot("BKQS,BKQH->BSKH", ds_BKQS, q_BKQH)
+    return _by_query(dq_BKQH, length).astype(dtype), dk_BSKH.astype(dtype), dv_BSKH.astype(dtype), None
+
+
+_attend_block.defvjp(_attend_block_fwd, _attend_block_bwd)
 
 
 def attention(
@@ -84,10 +155,9 @@ def attention(
     drop: Drop | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B T N H"]:
-    """Attend by the named implementation; "auto" takes blocks for long training sequences without dropout."""
-    length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    """Attend by the named implementation; "auto" takes blocks for whole sequences without attention dropout."""
     if implementation == "auto":
-        implementation = "blockwise" if drop is None and length == keys > QUERY_BLOCK else "naive"
+        implementation = "blockwise" if drop is None and 1 < q_BTNH.shape[1] == k_BSKH.shape[1] else "naive"
     if implementation == "blockwise":
         if drop is not None:
             raise ValueError('attention dropout needs attention.implementation = "naive" or "auto"')

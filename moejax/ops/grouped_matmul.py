@@ -1,6 +1,7 @@
 """How does a run of rows per expert meet that expert's weights? Without padding, dropping or multiplying by the others.
 
-Rows are sorted by expert: the first group_sizes[0] rows belong to expert 0, and so on. Rows after the last group give zeros.
+Rows are sorted by expert: the first group_sizes[0] rows belong to expert 0, and so on; rows after the last group
+give zeros, and their gradient is zero.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from moejax.compat import vary_like
 
 BLOCKS = (256, 64)
-"""Rows of one matmul of the blocked path: as many of the first as fit in a group, then of the next, the last one masked."""
+"""Rows of one matmul of the blocked path, largest first: as many as fit in a group, the last and smallest masked."""
 
 Carry = Any
 BlockBody = Callable[["_Block", Carry], Carry]
@@ -45,7 +46,7 @@ def grouped_matmul(
     rows with a trip count known at run time); "auto" is blocked on CPU. ValueError for another name.
     """
     x_RD, w_EDF, group_sizes_E = _to_common_axes(x_RD, w_EDF, group_sizes_E)
-    return _choose(implementation, _MATMULS)(x_RD, w_EDF, group_sizes_E)
+    return _MATMULS[_resolve(implementation)](x_RD, w_EDF, group_sizes_E)
 
 
 def expert_swiglu_reference(
@@ -77,24 +78,17 @@ def expert_swiglu(
     "blocked" does a block's three products while its rows are in cache; the others compose grouped matmuls.
     """
     inputs = _to_common_axes(x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)
-    if _name(implementation, _MATMULS) == "blocked":
+    if _resolve(implementation) == "blocked":
         return _blocked_swiglu(*inputs)
     return expert_swiglu_reference(*inputs, implementation=implementation)
 
 
-# --- which implementation
-
-
-def _name(implementation: str, table: dict[str, Callable]) -> str:
+def _resolve(implementation: str) -> str:
     if implementation == "auto":
         return "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
-    if implementation not in table:
-        raise ValueError(f"implementation ({implementation!r}) must be one of auto, {', '.join(table)}")
+    if implementation not in _MATMULS:
+        raise ValueError(f"implementation ({implementation!r}) must be one of auto, {', '.join(_MATMULS)}")
     return implementation
-
-
-def _choose(implementation: str, table: dict[str, Callable]) -> Callable:
-    return table[_name(implementation, table)]
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -168,6 +162,10 @@ def _weights(w_EDF: Array, expert: Array) -> Array:
     return lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
 
 
+def _put_weights(w_EDF: Array, w_DF: Array, expert: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(w_EDF, w_DF.astype(w_EDF.dtype), expert, 0)
+
+
 def _zeros(like: Array, *shape: int, dtype: jnp.dtype | None = None) -> Array:
     """Zeros that vary on the same mesh axes as `like`: a loop's carry must enter with the type it leaves with."""
     return vary_like(jnp.zeros(shape, dtype or like.dtype), like)
@@ -209,7 +207,7 @@ def _blocked_matmul_bwd(saved: tuple, dy_RF: Array) -> tuple:
 
         start = _zeros(w_DF, *w_DF.shape, dtype=_wide(w_DF.dtype))
         dx_RD, dw_DF = _for_blocks(x_RD.shape[0], first, count, body, (dx_RD, start))
-        return dx_RD, lax.dynamic_update_index_in_dim(dw_EDF, dw_DF.astype(dw_EDF.dtype), expert, 0)
+        return dx_RD, _put_weights(dw_EDF, dw_DF, expert)
 
     dx_RD, dw_EDF = _for_experts(group_sizes_E, expert_body, (jnp.zeros_like(x_RD), jnp.zeros_like(w_EDF)))
     return dx_RD, dw_EDF, None
@@ -276,7 +274,9 @@ def _blocked_swiglu_bwd(saved: tuple, dy_RD: Array) -> tuple:
         zeros = (_zeros(w, *w.shape[1:], dtype=_wide(w.dtype)) for w in weights)
         dx_RD, *dw = _for_blocks(x_RD.shape[0], first, count, body, (dx_RD, *zeros))
         update = lax.dynamic_update_index_in_dim
-        return dx_RD, tuple(update(all_, one.astype(all_.dtype), expert, 0) for all_, one in zip(dweights, dw, strict=True))
+        return dx_RD, tuple(
+            update(all_, one.astype(all_.dtype), expert, 0) for all_, one in zip(dweights, dw, strict=True)
+        )
 
     start = (jnp.zeros_like(x_RD), tuple(map(jnp.zeros_like, weights)))
     dx_RD, dweights = _for_experts(group_sizes_E, expert_body, start)

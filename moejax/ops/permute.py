@@ -3,6 +3,7 @@
 A slot is one of a token's A choices, numbered m*A + a. A place is an index in the sorted order.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,9 +24,7 @@ class Order(NamedTuple):
     """how many chosen slots each expert has"""
 
 
-def combine_reference(
-    y_RD: Float[Array, "R D"], weights_MA: Float[Array, "M A"], order: Order
-) -> Float[Array, "M D"]:
+def combine_reference(y_RD: Float[Array, "R D"], weights_MA: Float[Array, "M A"], order: Order) -> Float[Array, "M D"]:
     """Sum each token's rows by weight with a scatter-add over the chosen places: the oracle."""
     num_tokens, num_active = weights_MA.shape
     wide = jnp.promote_types(y_RD.dtype, jnp.float32)
@@ -39,7 +38,7 @@ def combine_reference(
 def sort_by_expert(
     experts_MA: Int[Array, "M A"], num_experts: int, chosen_MA: Bool[Array, "M A"] | None = None
 ) -> Order:
-    """Sort the slots by expert, and within an expert by slot; slots that are not chosen come last and are not counted."""
+    """Sort the slots by expert, and within an expert by slot; slots not chosen come last and are not counted."""
     key_R = experts_MA.astype(jnp.int32).reshape(-1)
     if chosen_MA is not None:
         key_R = jnp.where(chosen_MA.reshape(-1), key_R, num_experts)
@@ -107,6 +106,7 @@ def _combine_rows_bwd(saved: tuple, dout_MD: Array) -> tuple:
 _combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather_rows(num_active: int, x_MD: Array, order: Order) -> Array:
     return _rows_of_tokens(x_MD, order, num_active)
 
@@ -120,5 +120,4 @@ def _gather_rows_bwd(num_active: int, order: Order, dx_RD: Array) -> tuple:
     return sum(terms, start=jnp.zeros((), jnp.promote_types(dx_RD.dtype, jnp.float32))).astype(dx_RD.dtype), None
 
 
-_gather_rows = jax.custom_vjp(_gather_rows, nondiff_argnums=(0,))
 _gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)

@@ -11,7 +11,7 @@ Key = Array
 """A threefry key as raw data: two uint32."""
 
 
-def bits_at(key: UInt32[Array, "2"], row: UInt32[Array, "*X"], column: UInt32[Array, "*X"]) -> UInt32[Array, "*X"]:
+def bits_at(key: UInt32[Array, "2"], row: UInt32[Array, "..."], column: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """Hash (row, column) under `key`: 32 random bits that depend on these numbers and on nothing else."""
     row, column = jnp.broadcast_arrays(row, column)
     row, column = vary_like(row, column), vary_like(column, row)
@@ -24,24 +24,26 @@ def fold(key: UInt32[Array, "2"], *numbers: Array | int) -> UInt32[Array, "2"]:
     """Derive a key from a key and numbers (a step, a layer, a purpose)."""
     for number in numbers:
         number = jnp.asarray(number).astype(jnp.uint32)
-        a, b = threefry2x32_p.bind(*(vary_like(k, number) for k in key), vary_like(number, key), vary_like(jnp.uint32(0), key, number))
+        a, b = threefry2x32_p.bind(
+            *(vary_like(k, number) for k in key), vary_like(number, key), vary_like(jnp.uint32(0), key, number)
+        )
         key = jnp.stack([a, b])
     return key
 
 
-def uniform_at(key: UInt32[Array, "2"], row: UInt32[Array, "*X"], column: UInt32[Array, "*X"]) -> Float[Array, "*X"]:
+def uniform_at(key: UInt32[Array, "2"], row: UInt32[Array, "..."], column: UInt32[Array, "..."]) -> Float[Array, "..."]:
     """Draw from the open interval (0, 1) in float32, one number for each (row, column)."""
     return ((bits_at(key, row, column) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
-def normal_at(key: UInt32[Array, "2"], row: UInt32[Array, "*X"], column: UInt32[Array, "*X"]) -> Float[Array, "*X"]:
+def normal_at(key: UInt32[Array, "2"], row: UInt32[Array, "..."], column: UInt32[Array, "..."]) -> Float[Array, "..."]:
     """Draw from the standard normal in float32, one number for each (row, column)."""
     return jax.scipy.special.ndtri(uniform_at(key, row, column))
 
 
 def dropout(
     x: Float[Array, "*X"], rate: float, key: UInt32[Array, "2"], row: UInt32[Array, "*r"], column: UInt32[Array, "*c"]
-) -> Float[Array, "*X"]:
+) -> Float[Array, "..."]:
     """Zero each element with probability `rate` and scale the rest by 1/(1-rate); row and column broadcast to x."""
     row, column = jnp.broadcast_to(row, x.shape), jnp.broadcast_to(column, x.shape)
     keep = bits_at(key, row, column) >= jnp.uint32(round(rate * 2**32))

@@ -33,7 +33,7 @@ class MeshPlan:
     config: MeshConfig
 
     @classmethod
-    def from_config(cls, config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> "MeshPlan":
+    def from_config(cls, config: MeshConfig, devices: Sequence[Any] | None = None) -> "MeshPlan":
         """Lay `devices` (default: all) out as the configuration says; raise ValueError unless they fit exactly."""
         devices = jax.devices() if devices is None else devices
         config = config.fill(len(devices))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moejax.axes import BATCH_AXES, LOGICAL_AXES, MESH_AXES
+from moejax.axes import BATCH_AXES, LOGICAL_AXES
 from moejax.config.mesh import MeshConfig
 from moejax.config.model import ModelConfig
 
@@ -18,13 +18,15 @@ class Rules:
         for logical, axes in self.table:
             if logical == name:
                 return axes
-        raise ValueError(f'"{name}" is no logical axis: add it to moejax/axes.py, or use one of {", ".join(LOGICAL_AXES)}')
+        raise ValueError(
+            f'"{name}" is no logical axis: add it to moejax/axes.py, or use one of {", ".join(LOGICAL_AXES)}'
+        )
 
 
 def make_rules(mesh: MeshConfig) -> Rules:
     """Build the table for a mesh; axes of size 1 are left out, so that nothing varies over them."""
     tensor = ("tensor",)
-    rows: dict[str, tuple[str, ...]] = {name: () for name in LOGICAL_AXES}
+    rows: dict[str, tuple[str, ...]] = dict.fromkeys(LOGICAL_AXES, ())
     rows |= {
         "batch": BATCH_AXES,
         "seq": ("sequence",),
@@ -36,8 +38,7 @@ def make_rules(mesh: MeshConfig) -> Rules:
         "vocab": tensor,
         "experts": ("expert",),
     }
-    degree = dict(zip(MESH_AXES, mesh.degrees(), strict=True))
-    return Rules(tuple((name, tuple(a for a in axes if degree[a] > 1)) for name, axes in rows.items()))
+    return Rules(tuple((name, tuple(a for a in axes if getattr(mesh, a) > 1)) for name, axes in rows.items()))
 
 
 def check_divisible(rules: Rules, mesh: MeshConfig, sizes: dict[str, tuple[str, int]]) -> None:

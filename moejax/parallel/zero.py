@@ -120,9 +120,7 @@ def global_norm(grads: Tree) -> jax.Array:
     return jnp.sqrt(sum(lax.psum(s, tuple(sorted(a))) if a else s for a, s in squares.items()))
 
 
-def update_slices(
-    plan: MeshPlan, update: Callable[[Tree], Tree], params: Tree, placements: Tree
-) -> Tree:
+def update_slices(plan: MeshPlan, update: Callable[[Tree], Tree], params: Tree, placements: Tree) -> Tree:
     """Run `update` on this device's slice of each weight and join the slices again (stages 1 and 2: all-gather)."""
 
     def take(w: jax.Array, p: Placement) -> jax.Array:

@@ -1,6 +1,6 @@
 """How does a batch of prompts go on? One compiled loop with a cache, and one without: the oracle."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,13 @@ class Generator:
     def __post_init__(self) -> None:
         moe = self.parts.config.moe
         if moe is not None and moe.router.kind == "expert_choice":
-            raise ValueError("expert choice looks at the whole sequence: such a model is for training, it cannot generate")
+            raise ValueError(
+                "expert choice looks at the whole sequence: such a model is for training, it cannot generate"
+            )
         if self.new < 1:
             raise ValueError(f"the number of new tokens ({self.new}) must be at least 1")
 
-    def compile(self) -> Callable[[Tree, Tree, Array, Array, Array], Array]:
+    def compile(self) -> Any:
         """Give the jitted program (params, buffers, ids_BT, pad_B, seed) -> tokens [B, new]; B divides by the mesh."""
         plan = self.parts.plan
         ins = (self.parts.weight_specs(), self.parts.buffer_specs(), plan.spec("batch", None), plan.spec("batch"))

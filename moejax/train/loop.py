@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -28,6 +30,9 @@ from moejax.train.step import Batch, batch_specs, make_eval_step, make_train_ste
 
 Stats = dict[str, float]
 
+MAX_QUEUED: Final = 4
+"""Steps handed to the devices ahead of the one that runs: enough to hide the host; each holds its batch's memory."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -37,14 +42,15 @@ class Result:
     stopped_early: bool
     """by a signal: the run can go on"""
     validation: Stats
-    """val_loss (nats per token) and val_bits_per_byte; empty if stopped early"""
+    """val_loss (nats per token) and val_bits_per_byte; empty if stopped early, or if there was nothing left to do"""
 
 
 class Stop:
     """Turns SIGTERM and SIGINT into a flag, so that the step that is running ends and is saved."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = ""
+        """the signal's name, once there was one"""
 
     def __enter__(self) -> "Stop":
         """Listen; a second signal of the same kind then acts as it always does."""
@@ -57,7 +63,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
-        self.asked = True
+        self.asked = signal.Signals(number).name
         signal.signal(number, self._before[signal.Signals(number)])
 
 
@@ -71,13 +77,17 @@ class Trainer:
         self.optimizer = optimizers.build(config.optimizer, train.steps, parts.placements)
         self.train_step = make_train_step(parts, self.optimizer, config)
         self.eval_step = make_eval_step(parts)
-        self.checkpoints = Checkpoints(out / "checkpoints", train.keep_last)
         self.source = BatchSource(data.train, train.global_batch, train.microbatches)
         self.chip = find_chip(jax.devices()[0].device_kind)
         self.flops = model_cost(parts, train.seq_len).train_flops
 
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Open the run's checkpoints, when first asked: a trainer that is made and not started writes nothing."""
+        return Checkpoints(self.out / "checkpoints", self.config.train.keep_last)
+
     def start(self) -> TrainState:
-        """Restore the newest checkpoint, or make the state of step 0."""
+        """Restore the newest checkpoint, or make the state of step 0; raise ValueError if it is not of this run."""
         step = self.checkpoints.latest()
         if step is None:
             return init_state(self.parts, self.optimizer, self.config.train.seed)
@@ -89,47 +99,55 @@ class Trainer:
                 f"then, {self.data.fingerprint[:12]} now; a standard library differs between Python releases): "
                 "give the old corpus back, or start another --out"
             )
+        if meta["tokenizer"] != self.data.tokenizer.hash():
+            raise ValueError(
+                f"the tokenizer {self.config.data.tokenizer} is another than when this run began (another version of "
+                f"the tokenizers library learns other merges): install that version, or start another --out"
+            )
         return self.checkpoints.restore(step, abstract_state(self.parts, self.optimizer))
 
     def fit(self) -> Result:
         """Train to the configured step, or until a signal; save at the end either way."""
-        train = self.config.train
-        began = time.perf_counter()
-        state = self.start()
-        first = int(state.step)
-        writer = MetricsWriter(self.out, first, train.steps, train.tensorboard)
-        if first:
-            writer.say(f"resumed from step {first}")
+        train, began = self.config.train, time.perf_counter()
         validation: Stats = {}
-        clock = Clock(first)
-        step = first
-        batches = self.source.batches(first, self.config.data.prefetch)
-        try:
-            with Stop() as stop:
-                while step < train.steps and not stop.asked:
-                    state, metrics = self.train_step(state, self._place(next(batches)))
-                    step += 1
-                    if step == first + 1:
-                        jax.block_until_ready(metrics)
-                        writer.say(f"first step done {time.perf_counter() - began:.1f} s after start (compilation included)")
-                        clock = Clock(step)
-                    if step % train.log_every == 0 or step == train.steps or step == first + 1:
-                        self._log(writer, step, metrics, clock)
-                    writer.advance(step)
-                    due = _due(step, train.eval_every, train.steps)
-                    if due:
-                        with clock.paused():
-                            validation = self._validate(writer, step, state)
-                    if _due(step, train.checkpoint_every, train.steps):
-                        with clock.paused():
-                            self._save(step, state, validation if due else {})
-            if stop.asked and step < train.steps:
-                self._save(step, state, {})
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.checkpoints.close)
+            state = self.start()
+            step = first = int(state.step)
+            if first >= train.steps:
+                return Result(first, False, validation)
+            self.data.tokenizer.save(self.out / "tokenizer.json")
+            writer = stack.enter_context(
+                contextlib.closing(MetricsWriter(self.out, first, train.steps, train.tensorboard))
+            )
+            if first:
+                writer.say(f"resumed from step {first}")
+            batches = stack.enter_context(contextlib.closing(self.source.batches(first, self.config.data.prefetch)))
+            stop, clock, queued = stack.enter_context(Stop()), Clock(first), deque()
+            while step < train.steps and not stop.asked:
+                state, metrics = self.train_step(state, self._place(next(batches)))
+                step += 1
+                queued.append(metrics["loss"])
+                if step == first + 1 or len(queued) > MAX_QUEUED:
+                    jax.block_until_ready(queued.popleft())
+                if step == first + 1:
+                    writer.say(f"first step done {time.perf_counter() - began:.1f} s after start, compilation included")
+                    clock = Clock(step)
+                if step == first + 1 or _due(step, train.log_every, train.steps):
+                    self._log(writer, step, metrics, clock)
+                writer.advance(step)
+                due = _due(step, train.eval_every, train.steps)
+                if due:
+                    with clock.paused(state):
+                        validation = self._validate(writer, step, state)
+                if _due(step, train.checkpoint_every, train.steps):
+                    with clock.paused(state):
+                        self._save(step, state, validation if due else {})
+            if step < train.steps:
+                writer.say(f"{stop.asked}: saving step {step} (once more: stop at once)")
+                if step != self.checkpoints.latest():
+                    self._save(step, state, {})
             self.checkpoints.wait()
-        finally:
-            batches.close()
-            writer.close()
-            self.checkpoints.close()
         return Result(step, step < train.steps, validation)
 
     def evaluate(self, state: TrainState) -> Stats:
@@ -155,13 +173,8 @@ class Trainer:
     def _log(self, writer: MetricsWriter, step: int, metrics: dict[str, Any], clock: "Clock") -> None:
         """Fetch one step's metrics (the loop's only wait for the device) and write them."""
         fetched = jax.device_get(metrics)
+        self.checkpoints.check()
         record = step_record(step, fetched)
-        in_a_row, limit = int(fetched["skipped_in_a_row"]), self.config.train.max_bad_steps
-        if in_a_row >= limit:
-            raise FloatingPointError(
-                f"step {step}: the gradient was not finite for {in_a_row} steps in a row (train.max_bad_steps = "
-                f"{limit}); lower optimizer.lr ({self.config.optimizer.lr:g}) or resume from a checkpoint before"
-            )
         seconds, steps = clock.lap(step)
         if steps:
             train = self.config.train
@@ -174,6 +187,13 @@ class Trainer:
         if fetched["router"] is not None:
             record["load"] = np.asarray(fetched["router"].load_E).astype(int).tolist()
         writer.write(record)
+        in_a_row, limit = int(fetched["skipped_in_a_row"]), self.config.train.max_bad_steps
+        if in_a_row >= limit:
+            raise FloatingPointError(
+                f"step {step}: the gradient was not finite for {in_a_row} steps in a row (train.max_bad_steps = "
+                f"{limit}); lower optimizer.lr ({self.config.optimizer.lr:g}) in another --out, or remove the newest "
+                f"checkpoints in {self.checkpoints.directory} and --resume"
+            )
 
     def _save(self, step: int, state: TrainState, validation: Stats) -> None:
         meta = {
@@ -181,6 +201,7 @@ class Trainer:
             "mesh": dataclasses.asdict(self.plan.config),
             "seed": self.config.train.seed,
             "data": self.data.fingerprint,
+            "tokenizer": self.data.tokenizer.hash(),
             "versions": {"jax": jax.__version__, "numpy": np.__version__},
         }
         self.checkpoints.save(step, state, meta, validation.get("val_loss"))
@@ -208,8 +229,9 @@ class Clock:
         return seconds, steps
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave a block's time out."""
+    def paused(self, state: TrainState) -> Iterator[None]:
+        """Leave a block's time out, but not that of the steps which still run when it begins."""
+        jax.block_until_ready(state)
         began = time.perf_counter()
         yield
         self._out += time.perf_counter() - began

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int
 
 from moejax.models import ModelParts
 
@@ -17,15 +16,15 @@ Tree = Any
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Weights, router buffers and optimizer state, as trees of arrays; and the counts of steps."""
+    """Weights, router buffers and optimizer state; and int32 counts. Leaves may also be specs, places or shapes."""
 
-    step: Int[Array, ""]
+    step: Any
     params: Tree
     buffers: Tree
     opt_state: Tree
-    skipped: Int[Array, ""]
+    skipped: Any
     """steps left out because their gradient was not finite"""
-    skipped_in_a_row: Int[Array, ""]
+    skipped_in_a_row: Any
 
 
 def state_specs(parts: ModelParts, optimizer: optax.GradientTransformation) -> TrainState:

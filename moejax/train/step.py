@@ -1,6 +1,5 @@
 """One optimizer step, and one evaluation, as one manual SPMD program each."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +77,7 @@ class Gradient:
         rows = micro["inputs"].shape[0]
         first = index * (rows * plan.degree("batch")) + plan.index("batch") * rows
         key = fold(jax.random.key_data(jax.random.key(self.seed)), step)
-        context = Context.of(
-            micro["segments"], micro["positions"], (first + jnp.arange(rows)).astype(jnp.uint32), key
-        )
+        context = Context.of(micro["segments"], micro["positions"], (first + jnp.arange(rows)).astype(jnp.uint32), key)
         output = model(micro["inputs"], context)
         nats_BT = token_losses(model, output, micro["targets"]) * micro["weights"]
         loss = sum_tokens(plan, nats_BT) / num_tokens
@@ -111,10 +108,8 @@ def _over_microbatches(key: str, value: Any) -> Any:
     return total._replace(load_E=value.load_E.sum(0), dropped=value.dropped.sum(0))
 
 
-def make_train_step(
-    parts: ModelParts, optimizer: optax.GradientTransformation, config: RunConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """Compile-ready step: jitted, the state donated, everything it returns left on the devices."""
+def make_train_step(parts: ModelParts, optimizer: optax.GradientTransformation, config: RunConfig) -> Any:
+    """Give the jitted step (state, batch) -> (state, metrics); the state is donated, results stay on the devices."""
     plan, placements = parts.plan, parts.placements
     gradient = Gradient(parts, config.train.seed)
     schedule = optimizers.make_schedule(config.optimizer, config.train.steps)
@@ -154,8 +149,8 @@ def _choose(good: Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
-def make_eval_step(parts: ModelParts) -> Callable[[Tree, Tree, Batch], dict[str, Array]]:
-    """Compile-ready evaluation of one batch [1, B, T]: summed nats, tokens, and bytes that the targets stand for."""
+def make_eval_step(parts: ModelParts) -> Any:
+    """Give the jitted evaluation (params, buffers, batch [1, B, T]) -> summed nats, tokens, and the targets' bytes."""
     plan = parts.plan
 
     def step(params: Tree, buffers: Tree, batch: Batch) -> dict[str, Array]:

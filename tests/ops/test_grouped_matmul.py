@@ -1,4 +1,4 @@
-"""Grouped matmul and the experts' feed-forward against the dense oracle, for any group sizes, alone and inside shard_map."""
+"""Grouped matmul and the experts' feed-forward against the dense oracle: any group sizes, alone and in shard_map."""
 
 import chex
 import jax
@@ -15,9 +15,9 @@ from moejax.ops.grouped_matmul import (
     grouped_matmul,
     grouped_matmul_reference,
 )
+from tests.conftest import assert_close
 
 IMPLEMENTATIONS = ("ragged_dot", "blocked")
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
 
 ADVERSARIAL = {
     "one_row": (1, [0, 1, 0]),
@@ -44,15 +44,6 @@ def value_and_gradients(function, cotangent, *arrays):
     return out, pullback(jnp.asarray(cotangent, out.dtype))
 
 
-def assert_equal(actual, expected, dtype):
-    def scaled(tree):
-        norms = [np.max(np.abs(np.asarray(leaf, np.float64)), initial=1e-30) for leaf in jax.tree.leaves(expected)]
-        return [np.asarray(leaf, np.float64) / norm for leaf, norm in zip(jax.tree.leaves(tree), norms, strict=True)]
-
-    chex.assert_trees_all_equal_dtypes(actual, expected)
-    chex.assert_trees_all_close(scaled(actual), scaled(expected), rtol=0, atol=TOLERANCE[dtype])
-
-
 def check_matmul(implementation, rows, sizes, dtype):
     x, w, _, _ = draw(0, rows, len(sizes), dtype)
     sizes = jnp.asarray(sizes, jnp.int32)
@@ -62,7 +53,7 @@ def check_matmul(implementation, rows, sizes, dtype):
         matmul = jax.jit(lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation))
         return value_and_gradients(matmul, cotangent, x, w)
 
-    assert_equal(run(implementation), run("reference"), dtype)
+    assert_close(run(implementation), run("reference"), dtype)
 
 
 def check_swiglu(implementation, rows, sizes, dtype):
@@ -71,7 +62,7 @@ def check_swiglu(implementation, rows, sizes, dtype):
     cotangent = np.random.default_rng(1).normal(size=x.shape)
     fast = jax.jit(lambda *arrays: expert_swiglu(*arrays, sizes, implementation=implementation))
     slow = jax.jit(lambda *arrays: expert_swiglu_reference(*arrays, sizes))
-    assert_equal(
+    assert_close(
         value_and_gradients(fast, cotangent, x, gate, up, down),
         value_and_gradients(slow, cotangent, x, gate, up, down),
         dtype,
@@ -120,7 +111,7 @@ def test_any_group_sizes_match_reference(sizes, tail):
     sizes = jnp.asarray(sizes, jnp.int32)
     sizes = jnp.where(jnp.cumsum(sizes) > rows - tail, 0, sizes)
     x, gate, up, down = draw(0, rows, 5)
-    assert_equal(FAST(x, gate, up, down, sizes), SLOW(x, gate, up, down, sizes), "float32")
+    assert_close(FAST(x, gate, up, down, sizes), SLOW(x, gate, up, down, sizes), "float32")
 
 
 def _summed(function):
@@ -166,7 +157,9 @@ def test_rows_split_and_weights_whole_inside_shard_map_match_one_device(implemen
 
         def loss(implementation, sizes, x, *weights):
             y = expert_swiglu(x, *weights, sizes, implementation=implementation)
-            return (y + jnp.cos(grouped_matmul(x, weights[0], sizes, implementation=implementation) @ weights[2][0])).sum()
+            return (
+                y + jnp.cos(grouped_matmul(x, weights[0], sizes, implementation=implementation) @ weights[2][0])
+            ).sum()
 
         def one_device(x, *weights):
             halves = zip(sizes, jnp.split(x, 2), strict=True)
@@ -182,7 +175,7 @@ def test_rows_split_and_weights_whole_inside_shard_map_match_one_device(implemen
         outs = (whole, (split, whole, whole, whole))
         run = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=outs, check_vma=True))
         expected = jax.value_and_grad(one_device, argnums=(0, 1, 2, 3))(x, *weights)
-        assert_equal(run(sizes, x, *weights), expected, "float64")
+        assert_close(run(sizes, x, *weights), expected, "float64")
 
 
 def test_gradient_under_scan_and_remat_matches_reference():
@@ -198,4 +191,4 @@ def test_gradient_under_scan_and_remat_matches_reference():
         return (jax.lax.scan(layer, x * 0.1, stacked)[0] ** 2).sum()
 
     fast, slow = (jax.jit(jax.grad(lambda *a, i=i: loss(i, *a), (0, 1)))(x, stacked) for i in ("blocked", "reference"))
-    assert_equal(fast, slow, "float32")
+    assert_close(fast, slow, "float32")

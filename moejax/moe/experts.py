@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from moejax.config.model import MoEConfig, Precision
 from moejax.layers.context import PURPOSE_EXPERT, Context
 from moejax.layers.param import make_param, read
-from moejax.ops.grouped_matmul import grouped_matmul
+from moejax.ops.grouped_matmul import expert_swiglu, grouped_matmul
 from moejax.ops.random import dropout
 from moejax.ops.swiglu import swiglu
 from moejax.parallel.plan import MeshPlan
@@ -46,6 +46,8 @@ class Experts(nnx.Module):
     ) -> Float[Array, "R D"]:
         """Run each expert on its group of consecutive rows."""
         gate, up, down = self._weights()
+        if self.rate == 0.0 or not context.training:
+            return expert_swiglu(x_RD, gate, up, down, group_sizes_E)
         h_RF = swiglu(grouped_matmul(x_RD, gate, group_sizes_E), grouped_matmul(x_RD, up, group_sizes_E))
         return grouped_matmul(self._drop(h_RF, slots_R, context), down, group_sizes_E)
 

@@ -1,11 +1,13 @@
 """How does a run survive? Asynchronous, atomic Orbax checkpoints that restore onto any mesh."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep_last: int = 2, read_only: bool = False) -> None:
         self.directory = directory.absolute()
-        logging.getLogger("absl").addFilter(_wanted_in_log)
+        _silence_libraries()
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep_last),
@@ -150,9 +152,23 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def _wanted_in_log(record: logging.LogRecord) -> bool:
-    """Leave Orbax's log records out: what fails is raised here as well, and its tracebacks fill screens."""
-    return "orbax" not in record.pathname or os.environ.get("MOEJAX_DEBUG") == "1"
+def _silence_libraries() -> None:
+    """Keep Orbax and tensorstore from printing the tracebacks of a failed save: it is raised here, once."""
+    if os.environ.get("MOEJAX_DEBUG") == "1":
+        return
+    logging.getLogger("absl").addFilter(_is_not_orbax)
+    if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
+        sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _report_unraisable(report: Callable[[Any], object], unraisable: Any) -> None:
+    """Leave out what tensorstore's threads say to the loop of a save that failed while they were writing."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        report(unraisable)
 
 
 def _tree(state: TrainState) -> dict[str, Any]:

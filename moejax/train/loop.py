@@ -195,8 +195,9 @@ class Trainer:
                 f"checkpoints in {self.checkpoints.directory} and --resume"
             )
 
-    def _save(self, step: int, state: TrainState, validation: Stats) -> None:
-        meta = {
+    def describe_state(self) -> dict[str, Any]:
+        """Give what is saved beside the arrays: what a resumed run must agree with, and what may explain it later."""
+        return {
             "model": dataclasses.asdict(self.config.model),
             "mesh": dataclasses.asdict(self.plan.config),
             "seed": self.config.train.seed,
@@ -204,7 +205,9 @@ class Trainer:
             "tokenizer": self.data.tokenizer.hash(),
             "versions": {"jax": jax.__version__, "numpy": np.__version__},
         }
-        self.checkpoints.save(step, state, meta, validation.get("val_loss"))
+
+    def _save(self, step: int, state: TrainState, validation: Stats) -> None:
+        self.checkpoints.save(step, state, self.describe_state(), validation.get("val_loss"))
 
     def _place(self, batch: dict[str, np.ndarray]) -> Batch:
         """Put a global batch [Y, B, T] on the devices; each process hands over the rows of its own."""

@@ -26,7 +26,7 @@ from moejax.train.metrics import read_metrics
 from moejax.train.state import abstract_state
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the router sends each token to an expert while idle experts wait for work and learn nothing".split()
+SENTENCE = "the router sends each token to an expert while idle experts wait for work and learn nothing"
 SMALL = {
     "model.vocab": 264,
     "train.steps": 6,
@@ -49,7 +49,7 @@ Act = Callable[[dict[str, np.ndarray]], Any]
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of 60 KB."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    words = random.Random(0).choices(WORDS, k=10_000)
+    words = random.Random(0).choices(SENTENCE.split(), k=10_000)
     path.write_text("\n\n".join(" ".join(words[n : n + 50]) for n in range(0, len(words), 50)))
     return path
 
@@ -128,6 +128,13 @@ def saved_state(trainer: Trainer, step: int) -> Any:
 def assert_same_bits(actual: Any, expected: Any) -> None:
     """Compare two trees for equality, NaN to NaN."""
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def small_argv(config: RunConfig, tmp_path: Path) -> list[str]:
+    """Write a config to a file, and give the command line that runs it in `tmp_path / "run"`."""
+    path = tmp_path / "small.toml"
+    path.write_text(load.dump_toml(config))
+    return ["--model", str(path), "--mesh", str(path), "--out", str(tmp_path / "run")]
 
 
 @contextlib.contextmanager

@@ -113,10 +113,19 @@ def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay(
     assert capfd.readouterr().err == "", "no traceback of a library's thread"
     assert before.items() <= files(checkpoints.directory).items(), "though keep_last = 1 and the new loss was better"
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    again = Checkpoints(checkpoints.directory, keep_last=1)
-    assert_same_bits(again.restore(1, shapes()), state(1))
-    save(again, {2: 2.0})
-    assert sorted(path.name for path in again.directory.iterdir()) == ["2"], "what the failure left is removed"
+    assert_same_bits(Checkpoints(checkpoints.directory, read_only=True).restore(1, shapes()), state(1))
+
+
+def test_what_an_unfinished_save_left_is_removed(checkpoints: Checkpoints):
+    save(checkpoints, {1: None})
+    for step in (2, 3):
+        left = checkpoints.directory / f"{step}.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+        left.mkdir(parents=True)
+        (left / "half").write_bytes(b"x" * 1000)
+    again = Checkpoints(checkpoints.directory)
+    assert again.latest() == 1
+    save(again, {2: None})
+    assert sorted(path.name for path in again.directory.iterdir()) == ["1", "2"]
 
 
 def test_closing_after_a_failure_is_quiet(tmp_path: Path, full_disk, capfd: pytest.CaptureFixture[str]):

@@ -8,9 +8,8 @@ import jax
 import pytest
 
 from experiments import cli, train
-from moejax.config import load
 from tests.conftest import assert_close
-from tests.train.conftest import Acting, assert_same_bits, losses, saved_state
+from tests.train.conftest import Acting, assert_same_bits, losses, saved_state, small_argv
 
 RANDOM = {"model__dropout": 0.1}
 
@@ -42,9 +41,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(
     assert_same_bits(saved_state(resumed, 7), saved_state(whole, 7))
 
 
-@pytest.mark.parametrize(
-    ("mesh", "other"), [("zero3", "single"), ("tensor4_data2", "data8")]
-)
+@pytest.mark.parametrize(("mesh", "other"), [("zero3", "single"), ("tensor4_data2", "data8")])
 def test_a_run_goes_on_on_another_mesh(mesh, other, small_config, trainer, tmp_path: Path):
     options = {"train__steps": 5, "train__checkpoint_every": 3, "train__keep_last": 9}
     first = trainer(small_config("dense_tiny", mesh, **options), tmp_path / "first")
@@ -98,10 +95,3 @@ def test_a_run_that_is_complete_says_so_and_stays_as_it_is(small_config, tmp_pat
         assert output.out.splitlines()[-1].endswith("--resume --fake-devices 8 --train.steps 6")
         assert "nan" not in output.out + output.err
         assert (tmp_path / "run" / "result.json").read_bytes() == result
-
-
-def small_argv(config, tmp_path: Path) -> list[str]:
-    """Write a config to a file, and give the command line that runs it in `tmp_path / "run"`."""
-    path = tmp_path / "small.toml"
-    path.write_text(load.dump_toml(config))
-    return ["--model", str(path), "--mesh", str(path), "--out", str(tmp_path / "run")]

@@ -1,5 +1,6 @@
 """The sparse layer: route -> dispatch -> experts -> combine (+ shared experts)."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -41,7 +42,7 @@ class MoELayer(nnx.Module):
         outputs_EBTD = expert_outputs(self.experts, x_BTD, context, self.config.num_experts)
         stats = record(self.plan, self.router, routing, routing.chosen_BTA, context.segments_BT > 0)
         # The gate meets whole predictions, not parts of a sum over tensor: one rank speaks for all.
-        log_gate_EBT = self.plan.mean_over(jnp.moveaxis(jnp.log(routing.probs_BTE), -1, 0), "expert_ffn")
+        log_gate_EBT = self.plan.mean_over(jnp.moveaxis(jax.nn.log_softmax(routing.logits_BTE), -1, 0), "expert_ffn")
         return outputs_EBTD, log_gate_EBT, stats
 
     def _dispatch(self, x_BTD: Array, routing: Routing, context: Context) -> Dispatched:

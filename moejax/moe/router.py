@@ -79,15 +79,13 @@ class Router(nnx.Module):
 
     def _top_k(self, noisy_BTE: Array, clean_BTE: Array, std_BTE: Array | None, valid_BT: Array) -> Routing:
         active = self.config.num_active
-        scores_BTE = jax.nn.softmax(noisy_BTE) if self.config.score == "softmax" else jax.nn.sigmoid(noisy_BTE)
-        ranked_BTE = scores_BTE if self.bias is None else scores_BTE + lax.stop_gradient(self.bias[...])
+        # In logs, so that no score underflows: a normalised weight is a softmax over the kept ones.
+        log_BTE = jax.nn.log_softmax(noisy_BTE) if self.config.score == "softmax" else jax.nn.log_sigmoid(noisy_BTE)
+        ranked_BTE = log_BTE if self.bias is None else jnp.exp(log_BTE) + self.bias[...]
         _, experts_BTA = lax.top_k(lax.stop_gradient(ranked_BTE), active)
-        weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
-        if self.config.normalize:
-            # The floor keeps a token whose chosen scores all underflow finite.
-            total_BT1 = weights_BTA.sum(-1, keepdims=True)
-            weights_BTA = weights_BTA / jnp.maximum(total_BT1, jnp.finfo(total_BT1.dtype).tiny)
-        probs_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+        kept_BTA = jnp.take_along_axis(log_BTE, experts_BTA, axis=-1)
+        weights_BTA = jax.nn.softmax(kept_BTA) if self.config.normalize else jnp.exp(kept_BTA)
+        probs_BTE = jax.nn.softmax(log_BTE)
         chosen_BTA = jnp.broadcast_to(valid_BT[..., None], experts_BTA.shape)
         load_BTE = None if std_BTE is None else _smooth_load(noisy_BTE, clean_BTE, std_BTE, active)
         return Routing(experts_BTA, weights_BTA, chosen_BTA, noisy_BTE, probs_BTE, load_BTE)

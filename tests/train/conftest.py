@@ -89,7 +89,8 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trainer]:
 def _program(config: RunConfig) -> RunConfig:
     """Leave only what the compiled step depends on."""
     fixed = {"log_every": 1, "eval_every": 0, "checkpoint_every": 0, "keep_last": 1, "max_bad_steps": 1}
-    fixed |= {"steps": 1} if config.optimizer.schedule == "constant" else {}
+    if config.optimizer.schedule == "constant":
+        fixed["steps"] = min(config.train.steps, config.optimizer.warmup_steps)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fixed))
 
 

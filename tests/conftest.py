@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax; -m gpu wants JAX_PLATFORMS=cuda
-# A test runs its program once: compiling it without LLVM's optimiser takes a third off the time and nothing off float64.
+# A test runs its program a few times: compiling it without LLVM's optimiser saves a third of the time.
 FLAGS = {"--xla_force_host_platform_device_count": 8}
 if os.environ["JAX_PLATFORMS"] == "cpu":
     FLAGS["--xla_backend_optimization_level"] = 0

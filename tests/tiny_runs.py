@@ -32,15 +32,17 @@ def proof_model(name: str, **changes: Any) -> ModelConfig:
     return dataclasses.replace(model_config(name), precision=FLOAT64, **changes)
 
 
-def make_batch(seed: int, vocab: int = 64, rows: int = ROWS, length: int = LENGTH, microbatches: int = MICROBATCHES) -> Batch:
-    """Draw rows of two documents; every fifth row ends in padding, so that no two parts hold as many tokens."""
+def make_batch(
+    seed: int, vocab: int = 64, rows: int = ROWS, length: int = LENGTH, microbatches: int = MICROBATCHES
+) -> Batch:
+    """Draw rows of two documents; every seventh one ends in padding, so that the parts differ in their tokens."""
     rng = np.random.default_rng(seed)
     shape = (microbatches, rows // microbatches)
     ids = rng.integers(0, vocab, (*shape, length + 1), dtype=np.int32)
     index = np.broadcast_to(np.arange(length, dtype=np.int32), (*shape, length))
     cut = rng.integers(2, length - 3, (*shape, 1), dtype=np.int32)
     second = index >= cut
-    padding = (np.arange(rows).reshape(*shape, 1) % 5 == 0) & (index >= length - 2)
+    padding = (np.arange(rows).reshape(*shape, 1) % 7 == 0) & (index >= length - 2)
     return {
         "inputs": ids[..., :-1],
         "targets": ids[..., 1:],
@@ -60,7 +62,7 @@ class TinyRun:
     config: RunConfig
 
     @classmethod
-    def of(cls, model: ModelConfig, mesh: MeshConfig, steps: int = 10, **train: Any) -> "TinyRun":
+    def of(cls, model: ModelConfig, mesh: MeshConfig, steps: int = 20, **train: Any) -> "TinyRun":
         """Build the parts on as many of the 8 devices as the mesh wants."""
         wanted = len(jax.devices()) if mesh.data == -1 else int(np.prod(mesh.degrees()))
         parts = ModelParts.of(model, MeshPlan.from_config(mesh, jax.devices()[:wanted]))

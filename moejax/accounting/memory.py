@@ -56,7 +56,8 @@ def activation_bytes(config: ModelConfig, plan: MeshPlan, train: TrainConfig) ->
     tensor = plan.size("tensor")
     attention, moe = config.attention, config.moe
     heads, kv_heads = attention.num_heads / tensor, attention.num_kv_heads / plan.degree("kv_heads")
-    scores = heads * train.seq_len if attention.implementation != "blockwise" else heads
+    naive = attention.implementation == "naive" or attention.dropout > 0
+    scores = heads * (train.seq_len if naive else 1)
     mixer = 2 * stream + whole + (2 * heads + 2 * kv_heads) * attention.head_dim + scores
     dense = 2 * stream + whole + 3 * config.ffn / tensor
     layers = [dense] * config.num_layers

@@ -40,8 +40,10 @@ class KVCache:
         def put(old: Array, new: Array, axis: int) -> Array:
             return lax.dynamic_update_slice_in_dim(vary_like(old, new), new.astype(old.dtype), start, axis)
 
-        return KVCache(
+        written = KVCache(
             put(self.k_BKSH, k_BTKH.swapaxes(1, 2), 2),
             put(self.v_BKSH, v_BTKH.swapaxes(1, 2), 2),
             put(self.segments_BS, segments_BT, 1),
         )
+        # Without the barrier XLA fuses the write into each reader, and copies the cache to do it out of place.
+        return lax.optimization_barrier(written)

@@ -13,6 +13,7 @@ from moejax.layers.cache import KVCache
 from moejax.layers.context import PURPOSE_FFN, PURPOSE_MIXER, Context, residual_dropout
 from moejax.layers.ffn import FeedForward
 from moejax.layers.norm import RMSNorm
+from moejax.moe.dispatch import Apart
 from moejax.moe.layer import MoELayer
 from moejax.moe.stats import RouterStats
 from moejax.parallel.plan import MeshPlan
@@ -37,7 +38,7 @@ class Block(nnx.Module):
         self.plan, self.rate = plan, config.dropout
 
     def __call__(
-        self, x_BtD: Float[Array, "B t D"], context: Context, cache: KVCache | None = None
+        self, x_BtD: Float[Array, "B t D"], context: Context, cache: KVCache | None = None, apart: Apart | None = None
     ) -> tuple[Float[Array, "B t D"], RouterStats | None, KVCache | None]:
         """Give the next residual stream, what the router did (None: there is none) and the written cache."""
         x_BtD, cache = self.mix(x_BtD, context, cache)
@@ -45,7 +46,7 @@ class Block(nnx.Module):
             h_BTD = self.plan.enter_tensor(self.ffn_norm(x_BtD))
             stats = None
             if isinstance(self.ffn, MoELayer):
-                y_BTD, stats = self.ffn(h_BTD, context)
+                y_BTD, stats = self.ffn(h_BTD, context, apart)
             else:
                 y_BTD = self.ffn(h_BTD)
             y_BtD = checkpoint_name(self.plan.leave_tensor(y_BTD), "ffn_out")

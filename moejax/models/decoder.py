@@ -17,6 +17,7 @@ from moejax.layers.embedding import Embedding, Head
 from moejax.layers.norm import RMSNorm
 from moejax.models.block import Block, Kind
 from moejax.models.remat import rematerialize
+from moejax.moe.dispatch import Apart
 from moejax.moe.layer import MoELayer
 from moejax.moe.stats import RouterStats
 from moejax.parallel.plan import MeshPlan
@@ -130,12 +131,21 @@ class Decoder(nnx.Module):
         return Output(self._finish(x_EBtD), log_gate_EBT, [*stats, [jax.tree.map(lambda a: a[None], seen)]])
 
     def cached(
-        self, blocks: Sequence[Block], ids_BT: Int[Array, "B T"], context: Context, caches: Sequence[KVCache]
+        self,
+        blocks: Sequence[Block],
+        ids_BT: Int[Array, "B T"],
+        context: Context,
+        caches: Sequence[KVCache],
+        aparts: Sequence[Apart | None] | None = None,
     ) -> tuple[Output, list[Any]]:
-        """Run tokens that continue what the caches hold; `blocks` comes from `unstacked`, once for many calls."""
+        """Run tokens that continue what the caches hold.
+
+        `blocks` comes from `unstacked` and `aparts` (for few tokens) from `experts_apart`, once for many calls.
+        """
+        aparts = [None] * len(blocks) if aparts is None else aparts
         x_BtD, written = self._embed(ids_BT), []
-        for block, cache in zip(blocks, caches, strict=self.mixture is None):
-            x_BtD, _, new = block(x_BtD, context, cache)
+        for block, cache, apart in zip(blocks, caches[: len(blocks)], aparts, strict=True):
+            x_BtD, _, new = block(x_BtD, context, cache, apart)
             written += [new]
         if self.mixture is None:
             return Output(self._finish(x_BtD), None, []), written
@@ -145,6 +155,10 @@ class Decoder(nnx.Module):
     def unstacked(self) -> list[Block]:
         """Give all scanned layers one by one, for `cached`."""
         return [block for stack in self.stacks for block in stack.unstacked()]
+
+    def experts_apart(self, blocks: Sequence[Block]) -> list[Apart | None]:
+        """Take every sparse layer's experts apart, for `cached`."""
+        return [block.ffn.apart() if isinstance(block.ffn, MoELayer) else None for block in blocks]
 
     def empty_caches(self, batch: int, length: int) -> list[KVCache]:
         """Make a cache for every layer: `batch` local sequences of `length` tokens."""

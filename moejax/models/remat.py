@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from moejax.parallel.zero import GATHERED_WEIGHT
+from moejax.parallel.zero import all_but_gathered_weights
 
 BLOCK_OUTPUTS = ("mixer_out", "ffn_out")
 """Checkpoint names of a block's two sublayer outputs."""
@@ -21,7 +21,7 @@ def rematerialize(body: Callable[..., Any], policy: str, zero_stage: int) -> Cal
     if policy == "none":
         if zero_stage < 3:
             return body
-        return jax.checkpoint(body, policy=policies.save_anything_except_these_names(GATHERED_WEIGHT))
+        return jax.checkpoint(body, policy=all_but_gathered_weights)
     chosen = {
         "full": policies.nothing_saveable,
         "dots": policies.dots_with_no_batch_dims_saveable,

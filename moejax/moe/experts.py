@@ -60,3 +60,8 @@ class Experts(nnx.Module):
         first = self.plan.index("expert_ffn") * h.shape[-1]
         column = (first + jnp.arange(h.shape[-1])).astype(jnp.uint32)
         return dropout(h, self.rate, context.draw(PURPOSE_EXPERT), slots[..., None], column)
+
+    def apart(self) -> list[tuple[Array, Array]]:
+        """Give each expert's (gate beside up [D, 2F], down [F, D]) as arrays of its own, for `dispatch_few`."""
+        gate, up, down = self._weights()
+        return [(jnp.concatenate([gate[e], up[e]], axis=1), down[e]) for e in range(gate.shape[0])]

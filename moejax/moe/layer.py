@@ -8,7 +8,15 @@ from jaxtyping import Array, Float
 from moejax.config.model import MoEConfig, Precision
 from moejax.layers.context import Context
 from moejax.layers.ffn import FeedForward
-from moejax.moe.dispatch import Dispatched, dispatch_capacity, dispatch_dense, dispatch_sorted, expert_outputs
+from moejax.moe.dispatch import (
+    Apart,
+    Dispatched,
+    dispatch_capacity,
+    dispatch_dense,
+    dispatch_few,
+    dispatch_sorted,
+    expert_outputs,
+)
 from moejax.moe.experts import Experts
 from moejax.moe.router import Router, Routing, num_slots
 from moejax.moe.stats import RouterStats, record
@@ -27,12 +35,21 @@ class MoELayer(nnx.Module):
         self.shared = FeedForward(plan, rngs, dim, width, precision, scale) if width else None
         self.plan, self.config = plan, config
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Give this tensor rank's part of the output, and what the router did."""
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: Context, apart: Apart | None = None
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """Give this tensor rank's part of the output, and what the router did; `apart` is for a few tokens' decoding."""
         routing = self.router(x_BTD, context)
-        done = self._dispatch(x_BTD, routing, context)
+        if apart is None:
+            done = self._dispatch(x_BTD, routing, context)
+        else:
+            done = Dispatched(dispatch_few(apart, x_BTD, routing), routing.chosen_BTA)
         y_BTD = done.y_BTD if self.shared is None else done.y_BTD + self.shared(x_BTD)
         return y_BTD, record(self.plan, self.router, routing, done.kept_BTA, context.segments_BT > 0)
+
+    def apart(self) -> Apart | None:
+        """Take the experts apart for decoding; None where each token sees all of them anyway."""
+        return None if self.config.router.kind == "soft" else self.experts.apart()
 
     def uncombined(
         self, x_BTD: Float[Array, "B T D"], context: Context

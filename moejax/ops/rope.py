@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 def rope_tables(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Float[Array, "2 B T h"]:
     """Give cos and sin of position * theta^(-2i/H) for i < H/2, in float32 or wider (arXiv 2104.09864)."""
-    wide = jnp.result_type(float, jnp.float32)
+    wide = jnp.result_type(float)  # float64 where x64 is enabled
     inverse_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
     angle_BTh = positions_BT[..., None].astype(wide) * inverse_h
     return jnp.stack([jnp.cos(angle_BTh), jnp.sin(angle_BTh)])

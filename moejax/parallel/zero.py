@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moejax.axes import BATCH_AXES
@@ -21,9 +20,6 @@ from moejax.compat import vary, varying_axes
 from moejax.parallel.plan import MeshPlan
 
 Tree = Any
-
-GATHERED_WEIGHT = "gathered_weight"
-"""Checkpoint name of stage 3's gathered weights: no remat policy may save them."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,15 @@ def whole_weight(w: jax.Array, placement: Placement) -> jax.Array:
     """Gather a stage-3 weight where it is used (transpose: reduce-scatter); any other comes back as it is."""
     if placement.stage != 3 or placement.dim is None:
         return w
-    w = lax.all_gather(w, placement.over, axis=w.ndim + placement.dim, tiled=True)
-    return checkpoint_name(w, GATHERED_WEIGHT)
+    return lax.all_gather(w, placement.over, axis=w.ndim + placement.dim, tiled=True)
+
+
+def all_but_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Remat policy: save everything but what `whole_weight` gathers; copies of it (a cast, a transpose) are saved.
+
+    By primitive, not by name: `save_anything_except_these_names` would still save the array that is named.
+    """
+    return primitive.name != "all_gather" or not set(params["axis_name"]) <= set(BATCH_AXES)
 
 
 def localize(plan: MeshPlan, params: Tree) -> Tree:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from moejax.compat import vary
 from moejax.layers.context import Context
 from moejax.models import Decoder, ModelParts
+from moejax.moe.dispatch import few_pays
 from moejax.ops.random import fold
 from moejax.serve.sampling import Sampling, sample
 
@@ -105,6 +106,7 @@ class CachedReader:
 
     def __init__(self, model: Decoder, batch: int, length: int) -> None:
         self.model, self.blocks = model, model.unstacked()
+        self.aparts = model.experts_apart(self.blocks) if few_pays(batch) else None
         self.batch, self.length = batch, length
 
     def start(self, ids_BT: Array, pad_B: Array) -> tuple[Any, Array]:
@@ -118,10 +120,10 @@ class CachedReader:
         """Read one token of each sequence, standing at `index`."""
         index_B1 = jnp.broadcast_to(index, (next_B.shape[0], 1))
         segments_B1 = vary(jnp.ones_like(index_B1), self.model.plan.batch_axes())
-        return self._run(caches, next_B[:, None], _context(index_B1, pad_B, segments_B1))
+        return self._run(caches, next_B[:, None], _context(index_B1, pad_B, segments_B1), self.aparts)
 
-    def _run(self, caches: Any, ids_BT: Array, context: Context) -> tuple[Any, Array]:
-        output, caches = self.model.cached(self.blocks, ids_BT, context, caches)
+    def _run(self, caches: Any, ids_BT: Array, context: Context, aparts: Any = None) -> tuple[Any, Array]:
+        output, caches = self.model.cached(self.blocks, ids_BT, context, caches, aparts)
         return caches, last_logits(self.model, output)
 
 

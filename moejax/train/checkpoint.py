@@ -156,13 +156,14 @@ def _silence_libraries() -> None:
     """Keep Orbax and tensorstore from printing the tracebacks of a failed save: it is raised here, once."""
     if os.environ.get("MOEJAX_DEBUG") == "1":
         return
-    logging.getLogger("absl").addFilter(_is_not_orbax)
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).addFilter(_is_not_orbax)
     if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
         sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    return "orbax" not in record.pathname + record.getMessage()
 
 
 def _report_unraisable(report: Callable[[Any], object], unraisable: Any) -> None:

@@ -32,7 +32,9 @@ def test_switch_loss_is_one_when_even_and_the_number_of_experts_when_collapsed(a
     assert_close(load_balance(12.0 * one, one), float(E))
 
 
-@pytest.mark.parametrize("router", [{"num_active": 1, "normalize": False}, {"num_active": 2}], ids=["switch", "mixtral"])
+@pytest.mark.parametrize(
+    "router", [{"num_active": 1, "normalize": False}, {"num_active": 2}], ids=["switch", "mixtral"]
+)
 def test_switch_loss_is_the_paper_s_sum_over_the_valid_tokens(router):
     router = make_router(moe_config(router | {"load_balance": 0.25}))
     routing = router(tokens(), context(padded()))

@@ -92,7 +92,9 @@ def stamping_program(way: str, slots: int):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("way", "slots"), [("dense", T), ("sorted", T), ("capacity", T), ("capacity", 2), ("capacity", 1)])
+@pytest.mark.parametrize(
+    ("way", "slots"), [("dense", T), ("sorted", T), ("capacity", T), ("capacity", 2), ("capacity", 1)]
+)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), rate=st.sampled_from((0.0, 0.5, 1.0)))
 def test_every_slot_is_processed_once_by_its_expert_or_counted_as_dropped(way, slots, seed, rate):
@@ -157,7 +159,7 @@ class Table:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("way", "slots"), [("dense", T), ("sorted", T), ("capacity", T), ("capacity", 2)])
 def test_gradients_of_experts_and_weights_have_their_closed_form(way, slots):
-    """With y = sum G_i E_i(x): dL/dE_i = G_i dL/dy and dL/dG_i = E_i(x) . dL/dy, both exactly 0 where i was not chosen."""
+    """For y = sum G_i E_i(x): dL/dE_i = G_i dL/dy and dL/dG_i = E_i(x) . dL/dy, exactly 0 where i was not chosen."""
     experts, weights, chosen = draw_routing(1, 0.7)
     kept = kept_by_numpy(experts, chosen, slots)
     assert kept.any()
@@ -169,7 +171,9 @@ def test_gradients_of_experts_and_weights_have_their_closed_form(way, slots):
         routing = to_routing(experts, weights, chosen)
         return dispatch(way, Table(table), jnp.zeros((B, T, D)), routing, context(batch=B, length=T), slots).y_BTD
 
-    dtable, dweights = jax.jit(lambda *a: jax.vjp(run, *a)[1](jnp.asarray(dy)))(jnp.asarray(table), jnp.asarray(weights))
+    dtable, dweights = jax.jit(lambda *a: jax.vjp(run, *a)[1](jnp.asarray(dy)))(
+        jnp.asarray(table), jnp.asarray(weights)
+    )
     expected_table, expected_weights = np.zeros_like(table), np.zeros_like(weights)
     for b, t, a in zip(*np.nonzero(kept), strict=True):
         expert, token = experts[b, t, a], b * T + t

@@ -23,7 +23,9 @@ def plan_of(**changes) -> MeshPlan:
 
 
 def test_a_spec_names_only_axes_that_split():
-    assert plan_of().spec("batch", "seq", "heads", None, "embed") == PartitionSpec(("data",), None, ("tensor",), None, None)
+    assert plan_of().spec("batch", "seq", "heads", None, "embed") == PartitionSpec(
+        ("data",), None, ("tensor",), None, None
+    )
     assert MeshPlan.single().spec("batch", "seq", "heads") == PartitionSpec(None, None, None)
 
 
@@ -35,7 +37,12 @@ def test_two_dims_on_one_mesh_axis_are_an_error_that_names_both():
 
 def test_degrees_multiply_the_sizes_of_the_axes():
     plan = plan_of(sequence_parallel=True)
-    assert (plan.degree("batch"), plan.degree("heads"), plan.degree("embed"), plan.degree("residual_seq")) == (2, 4, 1, 4)
+    assert (plan.degree("batch"), plan.degree("heads"), plan.degree("embed"), plan.degree("residual_seq")) == (
+        2,
+        4,
+        1,
+        4,
+    )
     assert plan.degree("batch", "heads") == 8
     assert plan.degree("heads", "vocab") == 4, "an axis counts once"
     assert plan.axes_of("heads", "batch") == ("data", "tensor")
@@ -94,7 +101,9 @@ def test_collectives_match_numpy_on_the_whole_array():
 def test_a_maximum_has_no_gradient():
     plan = plan_of()
     x = jnp.arange(8.0)
-    gradient = run(plan, jax.grad(lambda x: plan.sum_over((x * plan.max_over(x, "heads")).sum(), "batch", "heads")), x, outs=PARTS)
+    gradient = run(
+        plan, jax.grad(lambda x: plan.sum_over((x * plan.max_over(x, "heads")).sum(), "batch", "heads")), x, outs=PARTS
+    )
     assert_close(gradient, np.repeat([3.0, 7.0], 4).astype(np.float32))
 
 
@@ -143,7 +152,10 @@ def test_a_block_moves_the_bytes_of_megatron_s_view_and_no_others():
     for sequence_parallel, per_pass in ((False, ["all-reduce"]), (True, ["all-gather", "reduce-scatter"])):
         plan = plan_of(sequence_parallel=sequence_parallel)
         spec = plan.spec("batch", "residual_seq", "embed")
-        for passes, f in ((1, block(plan)), (2, lambda x, plan=plan: jax.grad(lambda x: jnp.square(block(plan)(x)).sum())(x))):
+        for passes, f in (
+            (1, block(plan)),
+            (2, lambda x, plan=plan: jax.grad(lambda x: jnp.square(block(plan)(x)).sum())(x)),
+        ):
             text = jax.jit(plan.spmd(f, (spec,), spec)).lower(jnp.ones((2, 8, 3))).compile().as_text()
             found = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
             assert sorted(found) == sorted(per_pass * passes), (sequence_parallel, passes)

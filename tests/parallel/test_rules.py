@@ -54,7 +54,11 @@ def changed(path: str, value: int):
     [
         ("vocab", 66, r"vocab \(66\) must divide by tensor \(4\)$"),
         ("ffn", 66, r"ffn \(66\) must divide by tensor \(4\)$"),
-        ("attention.num_kv_heads", 2, r"num_kv_heads \(2\) must divide by tensor \(4\) or .*: set replicate_kv = true$"),
+        (
+            "attention.num_kv_heads",
+            2,
+            r"num_kv_heads \(2\) must divide by tensor \(4\) or .*: set replicate_kv = true$",
+        ),
         ("moe.expert_ffn", 30, r"expert_ffn \(30\) must divide by tensor \(4\)$"),
     ],
 )

@@ -15,7 +15,9 @@ from moejax.config.mesh import MeshConfig
 from moejax.models import ModelParts
 from moejax.models.remat import rematerialize
 from moejax.parallel.plan import MeshPlan
-from moejax.parallel.zero import Placement, global_norm, place, update_slices, whole_weight
+from moejax.parallel.zero import Placement, global_norm, gradient_buffers, place, update_slices, whole_weight
+from moejax.train.state import abstract_state
+from moejax.train.step import make_train_step
 from tests.conftest import assert_close, eight_device_meshes, mesh_config, model_config
 from tests.tiny_runs import TinyRun, assert_same, initial_state, make_batch, proof_model
 
@@ -48,7 +50,9 @@ def test_dims_count_from_the_end_so_that_layers_can_be_stacked_in_front():
     assert placement.weight_spec(plan_of(3), 3) == PartitionSpec(None, ("data",), None)
 
 
-@pytest.mark.parametrize(("stage", "weight", "state"), [(0, None, None), (1, None, "data"), (2, None, "data"), (3, "data", "data")])
+@pytest.mark.parametrize(
+    ("stage", "weight", "state"), [(0, None, None), (1, None, "data"), (2, None, "data"), (3, "data", "data")]
+)
 def test_a_stage_says_what_is_split(stage, weight, state):
     plan = plan_of(stage)
     placement = place(plan, ("embed", "ffn"), (36, 64))
@@ -72,7 +76,10 @@ def bytes_on_a_device(tree) -> set[int]:
 def test_memory_falls_by_what_the_stage_splits(stage):
     """A model dim of 40 and 36 hidden units: some weights have two dims to choose from, some one, none has none."""
     moe = dataclasses.replace(model_config("mixtral_tiny").moe, expert_ffn=36)
-    run = TinyRun.of(dataclasses.replace(model_config("mixtral_tiny"), embed=40, vocab=60, moe=moe), MeshConfig(data=8, zero_stage=stage))
+    run = TinyRun.of(
+        dataclasses.replace(model_config("mixtral_tiny"), embed=40, vocab=60, moe=moe),
+        MeshConfig(data=8, zero_stage=stage),
+    )
     state = run.init()
     whole = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(run.parts.shapes))
     counts = 2 * 4  # Adam's and the schedule's
@@ -114,10 +121,9 @@ def test_weights_are_born_split(monkeypatch):
         return programs[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr("moejax.models.parts.jax.jit", recorded)
-        patch.setattr(jax.stages.Wrapped, "__call__", lambda *_: None, raising=False)
+        patch.setattr(jax, "jit", recorded)
         params, _ = parts.init(0)
-    memory = programs[-1].lower().compile().memory_analysis()
+    memory = programs[0].lower().compile().memory_analysis()
     assert memory.output_size_in_bytes < sum(sizes) / 8 + 10_000
     assert memory.temp_size_in_bytes < max(sizes)
     assert bytes_on_a_device(params) == {sum(sizes) // 8}
@@ -162,28 +168,50 @@ def test_each_rank_updates_its_own_slice_and_all_see_the_whole(stage):
     assert_close(updated["norm"], 2.0 * weights["norm"])
 
 
-@pytest.mark.parametrize("policy", ["none", "full", "dots", "names"])
-def test_no_remat_policy_keeps_a_gathered_weight(policy):
-    """Its gradient gathers it again: a model of many layers never stands whole on one device."""
+POLICIES = ("none", "full", "dots", "names")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_weight_is_gathered_again_for_the_backward(policy):
     plan = plan_of(3)
     placement = place(plan, ("embed", "ffn"), (8, 16))
 
     def loss(w, x):
-        layer = rematerialize(lambda x, w: jnp.tanh(x @ whole_weight(w, placement)) @ jnp.ones((16, 8)), policy, 3)
-        return layer(x, w).sum()
+        return rematerialize(lambda x, w: jnp.tanh(x @ whole_weight(w, placement)), policy, 3)(x, w).sum()
 
-    spec = placement.weight_spec(plan, 2)
-    program = plan.spmd(jax.grad(loss), (spec, PartitionSpec("data")), spec)
+    specs = (placement.weight_spec(plan, 2), PartitionSpec("data"))
+    program = plan.spmd(jax.grad(loss, (0, 1)), specs, specs)
     text = str(jax.make_jaxpr(program)(jnp.ones((8, 16)), jnp.ones((16, 8))))
     assert text.count("all_gather[") == 2
     assert text.count("reduce_scatter[") == 1
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_keeps_the_layers_whole_weights_for_the_backward(policy):
+    """Kept weights would lie stacked, one of each layer: the whole model on every device."""
+    run = TinyRun.of(dataclasses.replace(model_config("mixtral_tiny"), remat=policy), mesh_config("zero3"))
+    step = make_train_step(run.parts, run.optimizer, run.config)
+    program = jax.make_jaxpr(step)(abstract_state(run.parts, run.optimizer), make_batch(0))
+    stacked = {tuple(sorted(leaf.shape)) for leaf in jax.tree.leaves(run.parts.shapes["stacks"])}
+    inside = next(eqn.params["jaxpr"] for eqn in equations(program.jaxpr) if eqn.primitive.name == "shard_map")
+    shapes = {var.aval.shape for eqn in equations(inside) for var in eqn.outvars if hasattr(var.aval, "shape")}
+    assert len(shapes) > 50
+    assert not {shape for shape in shapes if tuple(sorted(shape)) in stacked}
+
+
+def equations(jaxpr):
+    """Give the equations of a program and of all programs inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
 @pytest.mark.usefixtures("x64")
 def test_a_gradient_leaves_the_program_as_narrow_as_its_state():
     """Stage 2 accumulates slices, stage 1 whole gradients."""
-    from moejax.parallel.zero import gradient_buffers
-
     weight = {"w": jnp.ones((3, 16))}
     for stage, reduced, shape in ((1, False, (3, 16)), (2, True, (3, 2))):
         plan = plan_of(stage)

@@ -1,0 +1,146 @@
+"""Numbers on paper against published ones, against the traced program, and against the compiler's."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from moejax.accounting.chips import find_chip
+from moejax.accounting.memory import activation_bytes, estimate_memory
+from moejax.accounting.model_cost import model_cost
+from moejax.config.run import TrainConfig
+from moejax.layers.context import Context
+from moejax.models import ModelParts
+from moejax.parallel.plan import MeshPlan
+from moejax.train.state import abstract_state
+from moejax.train.step import make_train_step
+from tests.conftest import assert_close, mesh_config, model_config
+from tests.tiny_runs import LENGTH, TinyRun, make_batch
+
+
+def cost_of(name: str, seq_len: int = LENGTH, **changes):
+    return model_cost(ModelParts.of(dataclasses.replace(model_config(name), **changes), MeshPlan.single()), seq_len)
+
+
+def test_mixtral_8x7b_has_the_published_weights():
+    """arXiv 2401.04088, without making an array: 47 B in all, 13 B for a token."""
+    cost = cost_of("mixtral_8x7b", 4096)
+    assert cost.total_params == 46_702_792_704
+    assert cost.active_params == 12_879_925_248
+    lookup, norms = 32_000 * 4096, 65 * 4096
+    scores = 2 * 2 * 4096 * 32 * 32 * 128  # two products over T keys: layers x heads x head dim
+    assert cost.forward_flops == 2 * (12_879_925_248 - lookup - norms) + scores
+    assert cost.train_flops == 3 * cost.forward_flops
+
+
+def test_dense_and_soft_models_use_every_weight():
+    for name in ("dense_tiny", "soft_mixture_tiny"):
+        cost = cost_of(name)
+        assert cost.active_params == cost.total_params
+    switch = cost_of("switch_tiny")
+    assert switch.total_params - switch.active_params == 3 * (3 * 32 * 32), "three of four experts, in one layer"
+
+
+def flops_of(jaxpr) -> int:
+    """Count a multiply and an add as two in every matmul of a program, a scan's as often as it runs."""
+    flops = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            flops += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[dim] for dim in contract)
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            flops += times * flops_of(inner) if hasattr(inner, "eqns") else 0
+    return flops
+
+
+@pytest.mark.parametrize("name", ["dense_tiny", "soft_mixture_tiny", "soft_mixture_competitive_tiny", "mixtral_tiny"])
+def test_flops_are_those_of_the_program_s_matmuls(name):
+    """With naive attention, which computes the whole square of scores that the count assumes."""
+    config = model_config(name)
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, implementation="naive"))
+    unused = 0
+    if name == "mixtral_tiny":  # the dense twin runs all 4 experts where 2 count, and combines by a matmul
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dense"))
+        unused = config.num_layers * 2 * 2 * 3 * config.embed * config.moe.expert_ffn
+    parts = ModelParts.of(config, MeshPlan.single())
+    batch, tokens = make_batch(0), make_batch(0)["inputs"][0].size
+
+    def forward(params, buffers, ids, segments):
+        model = parts.merge(params, buffers)
+        output = model(ids, Context.of(segments))
+        return model.head(output.hidden, model.embedding)
+
+    arrays = (jax.numpy.asarray(batch[key][0]) for key in ("inputs", "segments"))
+    traced = jax.make_jaxpr(forward)(parts.shapes, parts.buffer_shapes, *arrays)
+    expected = model_cost(parts, LENGTH).forward_flops + unused
+    combining = 0
+    if config.moe is not None:
+        sparse = config.num_layers - config.moe.competitive
+        active = config.moe.router.num_active
+        combining = sparse * 2 * config.moe.num_experts * (active + config.embed)
+    assert flops_of(traced.jaxpr) / tokens == expected + combining
+
+
+@pytest.mark.parametrize("mesh", ["data8", "zero1", "zero3", "zero3_tensor2_sp"])
+def test_weights_and_optimizer_state_fill_what_the_compiler_says(mesh):
+    """To the byte: what else the step takes is its batch, without the bytes that it does not read, and five counts."""
+    run = TinyRun.of(model_config("dense_tiny"), mesh_config(mesh))
+    step = make_train_step(run.parts, run.optimizer, run.config)
+    batch = make_batch(0)
+    batch["weights"] = batch["weights"].astype("float32")
+    read = [array for key, array in batch.items() if key != "bytes"]
+    compiled = step.lower(abstract_state(run.parts, run.optimizer), batch).compile()
+    estimate = estimate_memory(run.parts, run.config.train)
+    local_batch = sum(array.nbytes for array in read) // run.parts.plan.degree("batch")
+    arguments = compiled.memory_analysis().argument_size_in_bytes
+    assert arguments == estimate.params + estimate.optimizer + local_batch + 5 * 4
+
+
+@pytest.mark.parametrize(
+    ("mesh", "microbatches", "expected"),
+    [
+        ("data8", 1, (1, 1, 2)),
+        ("zero1", 1, (1, 1, 1 / 4)),
+        ("zero2", 1, (1, 1, 1 / 4)),
+        ("zero2", 2, (1, 1 / 8, 1 / 4)),
+        ("zero3", 2, (1 / 8, 1 / 8, 1 / 4)),
+    ],
+)
+def test_each_zero_stage_splits_its_kind_of_state(mesh, microbatches, expected):
+    run = TinyRun.of(model_config("mixtral_tiny"), mesh_config(mesh), microbatches=microbatches)
+    whole = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(run.parts.shapes))
+    estimate = estimate_memory(run.parts, run.config.train)
+    assert (estimate.params, estimate.gradients, estimate.optimizer) == tuple(part * whole for part in expected)
+    assert estimate.total == estimate.params + estimate.gradients + estimate.optimizer + estimate.activations
+
+
+def test_activations_shrink_with_what_is_recomputed_and_what_is_split():
+    train = TrainConfig(global_batch=16, seq_len=256)
+
+    def activations(mesh="single", microbatches=1, **changes):
+        config = dataclasses.replace(model_config("bench_mixtral"), **changes)
+        devices = jax.devices()[: 1 if mesh == "single" else 8]
+        plan = MeshPlan.from_config(mesh_config(mesh), devices)
+        return activation_bytes(config, plan, dataclasses.replace(train, microbatches=microbatches))
+
+    none, names, full = (activations(remat=policy) for policy in ("none", "names", "full"))
+    assert none > names > full
+    assert_close(activations(microbatches=4), none / 4)
+    assert_close(activations("data8"), none / 8)
+    assert none / 2 > activations("tensor4_data2") > activations("tensor4_data2_sp") > none / 8
+    naive = dataclasses.replace(model_config("bench_mixtral").attention, implementation="naive")
+    layers, heads, scores = 4, 8, 256
+    assert_close(activations(attention=naive) - none, 16.0 * 256 * layers * heads * (scores - 1) * 4)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "found"), [("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", True), ("cpu", False)]
+)
+def test_chips_are_known_by_a_part_of_their_name(device_kind, found):
+    chip = find_chip(device_kind)
+    assert (chip is not None) == found
+    if chip is not None:
+        assert chip.flops["bfloat16"] > chip.flops["float32"] > 1e14

@@ -38,7 +38,7 @@ class MoELayer(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: Context, apart: Apart | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Give this tensor rank's part of the output, and what the router did; `apart` is for a few tokens' decoding."""
+        """Give this tensor rank's part of the output, and what the router did; `apart` is for decoding few tokens."""
         routing = self.router(x_BTD, context)
         if apart is None:
             done = self._dispatch(x_BTD, routing, context)

@@ -54,14 +54,14 @@ def gather_rows(x_MD: Float[Array, "M D"], order: Order, num_active: int) -> Flo
 
     The gradient sums a token's rows in float32 or wider and reads nothing from the places not chosen.
     """
-    x_MD, *order = _to_common_axes(x_MD, *order)
-    return _gather_rows(num_active, x_MD, Order(*order))
+    x_MD, *fields = _to_common_axes(x_MD, *order)
+    return _gather_rows(num_active, x_MD, Order(*fields))
 
 
 def combine_rows(y_RD: Float[Array, "R D"], weights_MA: Float[Array, "M A"], order: Order) -> Float[Array, "M D"]:
     """Sum each token's rows by weight, in float32 or wider; slots that are not chosen add nothing, whatever y holds."""
-    y_RD, weights_MA, *order = _to_common_axes(y_RD, weights_MA, *order)
-    return _combine_rows(y_RD, weights_MA, Order(*order))
+    y_RD, weights_MA, *fields = _to_common_axes(y_RD, weights_MA, *order)
+    return _combine_rows(y_RD, weights_MA, Order(*fields))
 
 
 def _to_common_axes(*arrays: Array) -> list[Array]:

@@ -102,7 +102,7 @@ def test_a_sequence_ends_at_its_end_token_and_the_others_go_on() -> None:
 
 def test_expert_choice_refuses_to_generate() -> None:
     parts = ModelParts.of(model_config("expert_choice_tiny"), MeshPlan.single())
-    with pytest.raises(ValueError, match="expert choice .* cannot generate"):
+    with pytest.raises(ValueError, match="cannot generate"):
         Generator(parts, 4)
 
 

@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int:
     trainer = Trainer(config, plan, parts, data, out)  # refuses what does not fit, before anything is written
     resuming = cli.prepare_out(out, config, arguments.resume)
     print(describe(config, parts))
-    print(data.describe())
+    print(data.describe(), flush=True)
     if resuming and trainer.checkpoints.latest() is None:
-        print(f"{out} holds no complete checkpoint yet: starting at step 0")
+        print(f"{out} holds no complete checkpoint yet: starting at step 0", flush=True)
     result = trainer.fit()
     baselines = {
         "byte unigram": data.val_text_stats.unigram_entropy,

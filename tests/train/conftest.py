@@ -42,6 +42,9 @@ SMALL = {
 }
 """A run of a second; its program does not depend on the number of steps."""
 
+SPARSE = ("loss_free_tiny", "zero3")
+"""The tests' one model with experts, and its mesh: compiled once."""
+
 Act = Callable[[dict[str, np.ndarray]], Any]
 
 
@@ -61,6 +64,7 @@ def small_config(corpus: Path) -> Callable[..., RunConfig]:
     def read(model: str = "dense_tiny", mesh: str = "single", **options: Any) -> RunConfig:
         config = load.read_files(CONFIGS / "model" / f"{model}.toml", CONFIGS / "mesh" / f"{mesh}.toml")
         dotted = {key.replace("__", "."): value for key, value in options.items()}
+        dotted |= {"model.dropout": 0.1} if model == SPARSE[0] else {}
         return load.override(config, SMALL | {"data.source": str(corpus)} | dotted, "test")
 
     return read

@@ -14,7 +14,7 @@ from jax._src.array import ArrayImpl
 from experiments import cli, train
 from moejax.train import loop
 from moejax.train.metrics import read_metrics
-from tests.train.conftest import Acting, assert_same_bits, saved_state, small_argv
+from tests.train.conftest import SPARSE, Acting, assert_same_bits, saved_state, small_argv
 
 
 class Spied:
@@ -33,7 +33,7 @@ class Spied:
 
 
 def test_nothing_is_fetched_between_log_steps(small_config, trainer, tmp_path: Path, monkeypatch):
-    watched = trainer(small_config("mixtral_tiny", "zero3", train__steps=20, train__log_every=10), tmp_path)
+    watched = trainer(small_config(*SPARSE, train__steps=20, train__log_every=10), tmp_path)
     metrics_of: set[int] = set()
     anything_after: set[int] = set()
     step, dispatched = watched.train_step, 0

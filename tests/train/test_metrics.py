@@ -14,7 +14,7 @@ from experiments import cli, train
 from moejax.config import load
 from moejax.train.metrics import MetricsWriter, read_metrics
 from moejax.train.plots import plot_loss, plot_router_load
-from tests.train.conftest import small_argv
+from tests.train.conftest import SPARSE, small_argv
 
 KEYS = {"step", "loss", "aux", "z_loss", "grad_norm", "lr", "tokens_per_s_per_device", "tflops", "dropped_pct"}
 KEYS |= {"load_imbalance", "memory_gb"}
@@ -28,7 +28,7 @@ def write(out: Path, start: int, *records: dict) -> None:
 
 
 def test_a_run_leaves_its_story(small_config, tmp_path: Path, capsys):
-    config = small_config("mixtral_tiny", "zero3", train__steps=6, train__eval_every=3)
+    config = small_config(*SPARSE, train__steps=6, train__eval_every=3)
     assert cli.run(train.main, small_argv(config, tmp_path)) == 0
     out, run = capsys.readouterr().out, tmp_path / "run"
     assert load.read_run(run / "config.toml") == config

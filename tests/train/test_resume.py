@@ -9,19 +9,14 @@ import pytest
 
 from experiments import cli, train
 from tests.conftest import assert_close
-from tests.train.conftest import Acting, assert_same_bits, losses, saved_state, small_argv
-
-RANDOM = {"model__dropout": 0.1}
+from tests.train.conftest import SPARSE, Acting, assert_same_bits, losses, saved_state, small_argv
 
 
 @pytest.mark.parametrize(
-    ("model", "mesh", "options", "number"),
-    [("loss_free_tiny", "single", RANDOM, signal.SIGTERM), ("dense_tiny", "zero3", {}, signal.SIGINT)],
+    ("model", "mesh", "number"), [(*SPARSE, signal.SIGTERM), ("dense_tiny", "single", signal.SIGINT)]
 )
-def test_resumed_equals_uninterrupted_to_the_bit(
-    model, mesh, options, number, small_config, trainer, tmp_path: Path, capsys
-):
-    config = small_config(model, mesh, train__steps=7, **options)
+def test_resumed_equals_uninterrupted_to_the_bit(model, mesh, number, small_config, trainer, tmp_path: Path, capsys):
+    config = small_config(model, mesh, train__steps=7)
     whole = trainer(config, tmp_path / "whole")
     result = whole.fit()
     assert (result.step, result.stopped_early) == (7, False)

@@ -35,10 +35,13 @@ def proof_model(name: str, **changes: Any) -> ModelConfig:
 def make_batch(
     seed: int, vocab: int = 64, rows: int = ROWS, length: int = LENGTH, microbatches: int = MICROBATCHES
 ) -> Batch:
-    """Draw rows of two documents; every seventh one ends in padding, so that the parts differ in their tokens."""
+    """Draw rows of two documents; every seventh one ends in padding, so that the parts differ in their tokens.
+
+    A row's tokens differ from one another: two that are alike would tie in expert choice, and rounding would decide.
+    """
     rng = np.random.default_rng(seed)
     shape = (microbatches, rows // microbatches)
-    ids = rng.integers(0, vocab, (*shape, length + 1), dtype=np.int32)
+    ids = rng.random((*shape, vocab)).argsort(-1).astype(np.int32)[..., : length + 1]
     index = np.broadcast_to(np.arange(length, dtype=np.int32), (*shape, length))
     cut = rng.integers(2, length - 3, (*shape, 1), dtype=np.int32)
     second = index >= cut

@@ -22,7 +22,7 @@ STEPS, VOCAB = 20, 64
 
 
 def golden_batch(step: int) -> dict[str, np.ndarray]:
-    """Draw rows in which token x is followed by 5x + 3, except where a new document begins with any token.
+    """Draw rows in which token x is followed by 5x + 3, except where a new document begins with any other token.
 
     From raw PCG64 bits: numpy promises that these stay, of its distributions it does not.
     """
@@ -31,8 +31,11 @@ def golden_batch(step: int) -> dict[str, np.ndarray]:
     index = np.broadcast_to(np.arange(LENGTH + 1), shape)
     starts = (index == 0) | (index == 1 + cut[..., :1] % (LENGTH - 1))
     ids = np.zeros(shape, np.int32)
-    for t in range(LENGTH + 1):
-        ids[..., t] = np.where(starts[..., t], fresh[..., t] % VOCAB, (5 * ids[..., t - 1] + 3) % VOCAB)
+    ids[..., 0] = fresh[..., 0] % VOCAB
+    for t in range(1, LENGTH + 1):
+        # Not the row's first token: two alike would tie in expert choice, and rounding would decide.
+        other = (ids[..., 0] + 1 + (fresh[..., t] % (VOCAB - 1)).astype(np.int32)) % VOCAB
+        ids[..., t] = np.where(starts[..., t], other, (5 * ids[..., t - 1] + 3) % VOCAB)
     segments = np.cumsum(starts, axis=-1)
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
     return {

@@ -14,7 +14,7 @@ from moejax.config.mesh import MeshConfig
 from moejax.parallel import zero
 from moejax.parallel.plan import MeshPlan
 from moejax.train import step as train_step
-from tests.conftest import eight_device_meshes, mesh_config, tiny_models
+from tests.conftest import assert_close, eight_device_meshes, mesh_config, tiny_models
 from tests.tiny_runs import (
     OPTIMIZER,
     TinyRun,
@@ -80,8 +80,11 @@ def test_the_compared_run_is_telling(model):
         assert first["router"] is None
         return
     assert first["router"].load_E.std() > 0 or config.router.kind != "top_k"
-    balanced = config.router.load_balance or config.router.importance_loss or config.router.load_loss
-    assert (first["aux"] > 0) == bool(balanced)
+    router = config.router
+    weights = {"load_balance": router.load_balance, "importance": router.importance_loss, "load": router.load_loss}
+    losses = {name: loss for name, loss in first["router"].losses.items() if weights.get(name)}
+    assert_close(first["aux"], sum(weights[name] * losses[name].sum() for name in losses))
+    assert len(losses) == sum(weight > 0 for weight in weights.values())
     assert (first["router"].dropped.sum() > 0) == (config.dispatch == "capacity" and config.router.kind == "top_k")
     if config.router.bias_update_rate:
         assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(run.state.buffers))

@@ -68,7 +68,7 @@ class Stack(nnx.Module):
 
         self.blocks = nnx.List([make(kind) for kind in period])
         self.repeats, self.first = repeats, first
-        self.remat, self.zero_stage = config.remat, plan.config.zero_stage
+        self.remat, self.unroll, self.zero_stage = config.remat, config.unroll, plan.config.zero_stage
 
     def __call__(
         self, x_BtD: Float[Array, "B t D"], context: Context
@@ -86,7 +86,16 @@ class Stack(nnx.Module):
             return x, stats
 
         body = rematerialize(body, self.remat, self.zero_stage)
-        return lax.scan(body, x_BtD, (jnp.arange(self.repeats), states))
+        if not self.unroll:
+            return lax.scan(body, x_BtD, (jnp.arange(self.repeats), states))
+        seen = []
+        # A split's transpose is one concatenation; that of an index is a sum of whole stacks.
+        parts = jax.tree.map(lambda leaf: lax.split(leaf, [1] * self.repeats), states)
+        for repeat in range(self.repeats):
+            layer = jax.tree.map(lambda _, part, r=repeat: part[r][0], states, parts)
+            x_BtD, stats = body(x_BtD, (jnp.int32(repeat), layer))
+            seen.append(stats)
+        return x_BtD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
 
     def unstacked(self) -> list[Block]:
         """Give the layers one by one, in order."""

@@ -73,18 +73,49 @@ def blockwise_attention(
         raise ValueError(f"blockwise attention needs as many keys ({k_BSKH.shape[1]}) as queries ({length})")
     block = block or max(MIN_BLOCK, -(-length // (MAX_BLOCKS * MIN_BLOCK)) * MIN_BLOCK)
     arrays = (q_BTNH, k_BSKH, v_BSKH, visible_BTS)
-    q_BTNH, k_BSKH, v_BSKH, visible_BTS = (vary_like(x, *arrays) for x in arrays)
+    return _attend_blocks(block, *(vary_like(x, *arrays) for x in arrays))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_blocks(block: int, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> Array:
+    return _attend_blocks_fwd(block, q_BTNH, k_BSKH, v_BSKH, visible_BTS)[0]
+
+
+def _attend_blocks_fwd(
+    block: int, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array
+) -> tuple[Array, tuple]:
     parts = []
+    for start in range(0, q_BTNH.shape[1], block):
+        rows, keys = slice(start, start + block), slice(0, start + block)
+        parts.append(_attend_block(q_BTNH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], visible_BTS[:, rows, keys]))
+    o_BTNH, lse_BTN = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, visible_BTS, lse_BTN)
+
+
+def _attend_blocks_bwd(block: int, saved: tuple, do_BTNH: Array) -> tuple:
+    """Go through the blocks again; a key's gradient is the sum over the blocks that see it."""
+    q_BTNH, k_BSKH, v_BSKH, visible_BTS, lse_BTN = saved
+    dq, dk, dv = [], [], []
+    length = q_BTNH.shape[1]
     for start in range(0, length, block):
-        stop = min(start + block, length)
-        mask_BtS = visible_BTS[:, start:stop, :stop]
-        parts.append(_attend_block(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask_BtS))
-    return jnp.concatenate(parts, axis=1)
+        rows, keys = slice(start, start + block), slice(0, start + block)
+        dq_block, dk_block, dv_block = _attend_block_bwd(
+            q_BTNH[:, rows],
+            k_BSKH[:, keys],
+            v_BSKH[:, keys],
+            visible_BTS[:, rows, keys],
+            lse_BTN[:, rows],
+            do_BTNH[:, rows],
+        )
+        rest = ((0, 0), (0, length - dk_block.shape[1]), (0, 0), (0, 0))
+        dq.append(dq_block)
+        dk.append(jnp.pad(dk_block, rest))
+        dv.append(jnp.pad(dv_block, rest))
+    dk_BSKH, dv_BSKH = (functools.reduce(jnp.add, parts).astype(k_BSKH.dtype) for parts in (dk, dv))
+    return jnp.concatenate(dq, axis=1), dk_BSKH, dv_BSKH, None
 
 
-@jax.custom_vjp
-def _attend_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> Array:
-    return _attend_block_fwd(q_BTNH, k_BSKH, v_BSKH, visible_BTS)[0]
+_attend_blocks.defvjp(_attend_blocks_fwd, _attend_blocks_bwd)
 
 
 def _by_kv_head(x_BTNH: Array, kv_heads: int) -> Array:
@@ -113,10 +144,10 @@ def _scores(q_BKQH: Array, k_BSKH: Array, visible_BTS: Array) -> Array:
     return s_BKGTS.reshape(batch, kv_heads, rows, keys)
 
 
-def _attend_block_fwd(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> tuple[Array, tuple]:
+def _attend_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> tuple[Array, Array]:
+    """Give the output and the log-sum-exp [B, T, N] of one block of queries."""
     length, kv_heads = q_BTNH.shape[1], k_BSKH.shape[2]
-    q_BKQH = _by_kv_head(q_BTNH, kv_heads)
-    s_BKQS = _scores(q_BKQH, k_BSKH, visible_BTS)
+    s_BKQS = _scores(_by_kv_head(q_BTNH, kv_heads), k_BSKH, visible_BTS)
     max_BKQ1 = s_BKQS.max(-1, keepdims=True)
     e_BKQS = jnp.exp(s_BKQS - max_BKQ1)
     norm_BKQ1 = e_BKQS.sum(-1, keepdims=True)
@@ -125,26 +156,25 @@ def _attend_block_fwd(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: 
     sees_BKQ1 = max_BKQ1 > 0.25 * jnp.finfo(s_BKQS.dtype).min
     o_BKQH = jnp.where(sees_BKQ1, o_BKQH / norm_BKQ1, 0.0)
     lse_BKQ1 = jnp.where(sees_BKQ1, max_BKQ1 + jnp.log(norm_BKQ1), jnp.inf)
-    saved = (q_BKQH, k_BSKH, v_BSKH, visible_BTS, o_BKQH, lse_BKQ1)
-    return _by_query(o_BKQH, length).astype(q_BTNH.dtype), saved
+    return _by_query(o_BKQH, length).astype(q_BTNH.dtype), _by_query(lse_BKQ1, length)[..., 0]
 
 
-def _attend_block_bwd(saved: tuple, do_BTNH: Array) -> tuple:
-    q_BKQH, k_BSKH, v_BSKH, visible_BTS, o_BKQH, lse_BKQ1 = saved
-    dtype, wide, length = q_BKQH.dtype, lse_BKQ1.dtype, do_BTNH.shape[1]
-    do_BKQH = _by_kv_head(do_BTNH, k_BSKH.shape[2])
-    p_BKQS = jnp.exp(_scores(q_BKQH, k_BSKH, visible_BTS) - lse_BKQ1)
+def _attend_block_bwd(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array, lse_BTN: Array, do_BTNH: Array
+) -> tuple[Array, Array, Array]:
+    """Give one block's dq, and its part of dk and dv in float32 or wider."""
+    dtype, wide, length, kv_heads = q_BTNH.dtype, lse_BTN.dtype, q_BTNH.shape[1], k_BSKH.shape[2]
+    q_BKQH, do_BKQH = _by_kv_head(q_BTNH, kv_heads), _by_kv_head(do_BTNH, kv_heads)
+    p_BKQS = jnp.exp(_scores(q_BKQH, k_BSKH, visible_BTS) - _by_kv_head(lse_BTN[..., None], kv_heads))
     dot = functools.partial(jnp.einsum, preferred_element_type=wide)
     dv_BSKH = dot("BKQS,BKQH->BSKH", p_BKQS.astype(dtype), do_BKQH)
     dp_BKQS = dot("BKQH,BSKH->BKQS", do_BKQH, v_BSKH)
-    delta_BKQ1 = (do_BKQH.astype(wide) * o_BKQH).sum(-1, keepdims=True)
+    # Equal to the sum of do * o, but not rounded as a saved output is.
+    delta_BKQ1 = (p_BKQS * dp_BKQS).sum(-1, keepdims=True)
     ds_BKQS = (p_BKQS * (dp_BKQS - delta_BKQ1) / math.sqrt(q_BKQH.shape[-1])).astype(dtype)
     dq_BKQH = dot("BKQS,BSKH->BKQH", ds_BKQS, k_BSKH)
     dk_BSKH = dot("BKQS,BKQH->BSKH", ds_BKQS, q_BKQH)
-    return _by_query(dq_BKQH, length).astype(dtype), dk_BSKH.astype(dtype), dv_BSKH.astype(dtype), None
-
-
-_attend_block.defvjp(_attend_block_fwd, _attend_block_bwd)
+    return _by_query(dq_BKQH, length).astype(dtype), dk_BSKH, dv_BSKH
 
 
 def attention(

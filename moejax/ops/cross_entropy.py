@@ -25,10 +25,9 @@ def cross_entropy(
     logits_MV = logits_MV.astype(wide)
     max_M = max_over(logits_MV.max(-1))
     total_M = sum_over(jnp.exp(logits_MV - max_M[:, None]).sum(-1))
-    local_M = targets_M - first
-    mine_M = (local_M >= 0) & (local_M < logits_MV.shape[-1])
-    picked_M = jnp.take_along_axis(logits_MV, jnp.where(mine_M, local_M, 0)[:, None], axis=-1)[:, 0]
-    target_M = sum_over(jnp.where(mine_M, picked_M, 0.0))
+    # A comparison, whose transpose is a select: that of a gather would scatter into a zeroed copy of the logits.
+    is_target_MV = jnp.arange(logits_MV.shape[-1]) == (targets_M - first)[:, None]
+    target_M = sum_over(jnp.where(is_target_MV, logits_MV, 0.0).sum(-1))
     return jnp.log(total_M) + max_M - target_M
 
 

@@ -153,7 +153,7 @@ def _reason(error: Exception) -> str:
 
 
 def _silence_libraries() -> None:
-    """Keep Orbax and tensorstore from printing the tracebacks of a failed save: it is raised here, once."""
+    """Keep Orbax and tensorstore from printing the tracebacks of what failed: it is raised here, once."""
     if os.environ.get("MOEJAX_DEBUG") == "1":
         return
     for logger in ("absl", "asyncio"):
@@ -167,8 +167,9 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
 
 
 def _report_unraisable(report: Callable[[Any], object], unraisable: Any) -> None:
-    """Leave out what tensorstore's threads say to the loop of a save that failed while they were writing."""
-    if "Event loop is closed" not in str(unraisable.exc_value):
+    """Leave out what becomes of the threads and coroutines that were at work when another of them failed."""
+    said = f"{unraisable.exc_value} {getattr(unraisable.object, 'cr_code', '')}"
+    if "Event loop is closed" not in said and "orbax" not in said:
         report(unraisable)
 
 

@@ -84,7 +84,7 @@ def test_flops_are_those_of_the_program_s_matmuls(name):
     assert flops_of(traced.jaxpr) / tokens == expected + combining
 
 
-@pytest.mark.parametrize("mesh", ["data8", "zero1", "zero3", "zero3_tensor2_sp"])
+@pytest.mark.parametrize("mesh", ["data8", "zero1", "zero3_tensor2_sp"])
 def test_weights_and_optimizer_state_fill_what_the_compiler_says(mesh):
     """To the byte: what else the step takes is its batch, without the bytes that it does not read, and five counts."""
     run = TinyRun.of(model_config("dense_tiny"), mesh_config(mesh))

@@ -76,7 +76,7 @@ def own_options(parser):
         (["--train.steps"], "--train.steps needs a value"),
         (["--train.steps", "--smoke"], "--train.steps needs a value"),
         (["--train.steps", "ten"], 'command line: [train] steps = "ten": should be a valid integer'),
-        (["--train.microbatches", "3"], "command line: [train] global_batch (16) must divide by microbatches (3)"),
+        (["--train.microbatches", "3"], "command line: [train] global_batch (8) must divide by microbatches (3)"),
         (["--model", "demoo"], 'no model "demoo"; did you mean demo? (known: '),
         (["--mesh", "nowhere/mesh.toml"], "nowhere/mesh.toml: no such mesh file"),
         (["--fake-devices", "0"], "--fake-devices (0) must be at least 1"),

@@ -1,5 +1,7 @@
 """What the tests of the sparse layer share: small float64 routers, contexts of whole sequences, keys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from moejax.config.model import MoEConfig, RouterConfig
 from moejax.layers.context import Context
 from moejax.moe.layer import MoELayer
 from moejax.moe.router import Router, Routing
+from moejax.moe.stats import RouterStats
 from moejax.parallel.plan import MeshPlan
 from tests.tiny_runs import FLOAT64
 
@@ -25,6 +28,21 @@ def make_router(config: MoEConfig, dim: int = D) -> Router:
 
 def make_layer(config: MoEConfig) -> MoELayer:
     return MoELayer(MeshPlan.single(), nnx.Rngs(0), D, config, FLOAT64)
+
+
+def route(router: Router, x: jax.Array, where: Context) -> Routing:
+    """Call a router as one compiled program."""
+    return _call(*nnx.split(router), x, where)
+
+
+def run_layer(layer: MoELayer, x: jax.Array, where: Context) -> tuple[jax.Array, RouterStats]:
+    """Call a layer as one compiled program."""
+    return _call(*nnx.split(layer), x, where)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(graph, state, x, where):
+    return nnx.merge(graph, state)(x, where)
 
 
 def tokens(seed: int = 0, batch: int = B, length: int = T, dim: int = D) -> jax.Array:

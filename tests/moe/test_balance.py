@@ -1,5 +1,7 @@
 """What keeps the load even: every loss against its formula in numpy, and the loss-free bias in a small simulation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,26 @@ import scipy.special
 import scipy.stats
 from flax import nnx
 
+from moejax.config.model import RouterConfig
 from moejax.moe.balance import expert_load, load_balance, router_losses, squared_variation
 from moejax.moe.router import Router, Routing
 from moejax.moe.stats import imbalance
 from moejax.parallel.plan import MeshPlan
 from tests.conftest import assert_close
-from tests.moe.layers import B, E, T, context, load_of, make_layer, make_router, moe_config, padded, tokens
+from tests.moe.layers import (
+    B,
+    E,
+    T,
+    context,
+    load_of,
+    make_layer,
+    make_router,
+    moe_config,
+    padded,
+    route,
+    run_layer,
+    tokens,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -21,8 +37,13 @@ VALID = padded() > 0
 
 
 def losses_of(router: Router, routing: Routing) -> tuple[dict, jax.Array]:
+    return _losses_of(router.config, routing)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses_of(config: RouterConfig, routing: Routing) -> tuple[dict, jax.Array]:
     plan, valid = MeshPlan.single(), jnp.asarray(VALID)
-    return router_losses(plan, router.config, routing, expert_load(plan, routing, valid), valid)
+    return router_losses(plan, config, routing, expert_load(plan, routing, valid), valid)
 
 
 @pytest.mark.parametrize("active", [1, 2])
@@ -37,7 +58,7 @@ def test_switch_loss_is_one_when_even_and_the_number_of_experts_when_collapsed(a
 )
 def test_switch_loss_is_the_paper_s_sum_over_the_valid_tokens(router):
     router = make_router(moe_config(router | {"load_balance": 0.25}))
-    routing = router(tokens(), context(padded()))
+    routing = route(router, tokens(), context(padded()))
     losses, total = losses_of(router, routing)
     fraction = load_of(routing) / load_of(routing).sum()
     mean_prob = scipy.special.softmax(np.asarray(routing.logits_BTE), axis=-1)[VALID].mean(0)
@@ -48,7 +69,7 @@ def test_switch_loss_is_the_paper_s_sum_over_the_valid_tokens(router):
 
 def test_the_fraction_of_the_switch_loss_carries_no_gradient():
     router = make_router(moe_config({"num_active": 2, "load_balance": 1.0}))
-    routing = router(tokens(), context(padded()))
+    routing = route(router, tokens(), context(padded()))
     fraction = load_of(routing) / load_of(routing).sum()
 
     def with_constant_fraction(logits):
@@ -61,12 +82,12 @@ def test_the_fraction_of_the_switch_loss_carries_no_gradient():
 
     by_logit = jax.grad(with_constant_fraction)(routing.logits_BTE)
     expected = jnp.einsum("BTD,BTE->DE", tokens(), by_logit)
-    assert_close(jax.grad(through_the_router)(params)["weight"][...], expected)
+    assert_close(jax.jit(jax.grad(through_the_router))(params)["weight"][...], expected)
 
 
 def test_z_loss_is_the_mean_square_of_the_log_partition():
     router = make_router(moe_config({"num_active": 2, "z_loss": 0.5}))
-    routing = router(tokens(), context(padded()))
+    routing = route(router, tokens(), context(padded()))
     losses, total = losses_of(router, routing)
     expected = np.mean(scipy.special.logsumexp(np.asarray(routing.logits_BTE), axis=-1)[VALID] ** 2)
     assert_close(losses["z_loss"], expected)
@@ -75,7 +96,7 @@ def test_z_loss_is_the_mean_square_of_the_log_partition():
 
 def test_importance_loss_is_the_squared_variation_of_the_summed_gates():
     router = make_router(moe_config({"num_active": 2, "importance_loss": 0.5}))
-    routing = router(tokens(), context(padded()))
+    routing = route(router, tokens(), context(padded()))
     gates = np.zeros((B, T, E))
     np.put_along_axis(gates, np.asarray(routing.experts_BTA), np.asarray(routing.weights_BTA), axis=-1)
     importance = gates[VALID].sum(0)
@@ -94,7 +115,7 @@ def noisy_routing() -> tuple[Router, Routing, np.ndarray, np.ndarray]:
     router = make_router(moe_config({"num_active": 2, "noise": "gaussian", "load_loss": 0.5}))
     x = np.asarray(tokens())
     deviation = np.logaddexp(0.0, x @ np.asarray(router.noise[...]))
-    return router, router(tokens(), context(padded(), seed=3)), x @ np.asarray(router.weight[...]), deviation
+    return router, route(router, tokens(), context(padded(), seed=3)), x @ np.asarray(router.weight[...]), deviation
 
 
 def test_load_loss_is_shazeer_s_smooth_load():
@@ -124,7 +145,7 @@ def test_smooth_load_is_the_chance_of_being_chosen_with_new_noise():
 
 def test_without_noise_there_is_no_load_loss():
     router = make_router(moe_config({"num_active": 2, "noise": "gaussian", "load_loss": 0.5}))
-    losses, total = losses_of(router, router(tokens(), context(padded())))
+    losses, total = losses_of(router, route(router, tokens(), context(padded())))
     assert "load" not in losses
     assert total == 0.0
 
@@ -132,7 +153,7 @@ def test_without_noise_there_is_no_load_loss():
 def test_a_layer_s_loss_is_the_weighted_sum_of_all_its_losses():
     weights = {"load_balance": 0.5, "z_loss": 0.25, "importance_loss": 2.0, "load_loss": 3.0}
     layer = make_layer(moe_config({"num_active": 2, "noise": "gaussian"} | weights))
-    _, stats = jax.jit(lambda x: layer(x, context(padded(), seed=0)))(tokens())
+    _, stats = run_layer(layer, tokens(), context(padded(), seed=0))
     names = {"importance_loss": "importance", "load_loss": "load"}
     expected = sum(weight * stats.losses[names.get(key, key)] for key, weight in weights.items())
     assert len(stats.losses) == len(weights)
@@ -141,8 +162,8 @@ def test_a_layer_s_loss_is_the_weighted_sum_of_all_its_losses():
 
 def test_stats_count_slots_and_measure_entropy_of_the_valid_tokens():
     layer = make_layer(moe_config({"num_active": 2}))
-    _, stats = layer(tokens(), context(padded()))
-    routing = layer.router(tokens(), context(padded()))
+    _, stats = run_layer(layer, tokens(), context(padded()))
+    routing = route(layer.router, tokens(), context(padded()))
     np.testing.assert_array_equal(stats.load_E, load_of(routing))
     assert stats.load_E.sum() == 2 * VALID.sum()
     assert_close(stats.entropy, scipy.stats.entropy(np.asarray(routing.probs_BTE)[VALID], axis=-1).mean())

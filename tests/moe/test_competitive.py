@@ -5,15 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from flax import nnx
 
 from moejax.layers.context import Context
-from moejax.models import build
+from moejax.models import ModelParts
 from moejax.ops.cross_entropy import mixture_cross_entropy
 from moejax.parallel.plan import MeshPlan
 from moejax.train.loss import token_losses
 from tests.conftest import assert_close
-from tests.tiny_runs import make_batch, proof_model
+from tests.tiny_runs import initial_state, make_batch, proof_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -59,16 +58,17 @@ def test_the_cooperative_error_is_another_one():
 
 def test_a_language_model_s_loss_mixes_the_experts_probabilities():
     config = proof_model("soft_mixture_competitive_tiny")
+    parts, state = ModelParts.of(config, MeshPlan.single()), initial_state(config)
     batch = {key: jnp.asarray(value[0]) for key, value in make_batch(0).items()}
 
     @jax.jit
-    def run():
-        model = build(config, MeshPlan.single(), nnx.Rngs(0))
+    def run(params):
+        model = parts.merge(params, {})
         output = model(batch["inputs"], Context.of(batch["segments"], batch["positions"]))
         every = model.head(output.hidden, model.embedding)
         return output.log_gate_EBT, every, model.logits(output), token_losses(model, output, batch["targets"])
 
-    log_gate, every, mixed, losses = (np.asarray(part) for part in run())
+    log_gate, every, mixed, losses = (np.asarray(part) for part in run(state.params))
     assert every.shape == (4, 8, 8, 64)
     assert_close(scipy.special.logsumexp(log_gate, axis=0), np.zeros((8, 8)))
     probabilities = (np.exp(log_gate)[..., None] * scipy.special.softmax(every, axis=-1)).sum(0)

@@ -20,7 +20,7 @@ from moejax.moe.experts import Experts
 from moejax.moe.router import Routing
 from moejax.parallel.plan import MeshPlan
 from tests.conftest import assert_close
-from tests.moe.layers import context, load_of, make_layer, moe_config, padded, tokens
+from tests.moe.layers import context, load_of, make_layer, moe_config, padded, route, run_layer, tokens
 from tests.tiny_runs import FLOAT64
 
 B, T, A, E, D = 2, 6, 2, 4, 5
@@ -201,8 +201,8 @@ def test_an_expert_that_no_token_chose_has_exactly_no_gradient(way):
 # --- the whole layer
 
 
-def run_layer(config, x, where):
-    return jax.jit(lambda x: make_layer(config)(x, where))(x)
+def run(config, x, where):
+    return run_layer(make_layer(config), x, where)
 
 
 LAYERS = {
@@ -218,8 +218,8 @@ LAYERS = {
 @pytest.mark.parametrize("config", LAYERS.values(), ids=LAYERS)
 def test_what_padding_holds_changes_nothing(config):
     where, x = context(padded(), seed=0), tokens()
-    y, stats = run_layer(config, x, where)
-    y2, stats2 = run_layer(config, jnp.where(padded()[..., None] == 0, 9.0, x), where)
+    y, stats = run(config, x, where)
+    y2, stats2 = run(config, jnp.where(padded()[..., None] == 0, 9.0, x), where)
     assert not np.asarray(y)[padded() == 0].any()
     np.testing.assert_array_equal(y2, y)
     jax.tree.map(np.testing.assert_array_equal, stats2, stats)
@@ -228,30 +228,30 @@ def test_what_padding_holds_changes_nothing(config):
 @pytest.mark.usefixtures("x64")
 def test_a_full_capacity_is_counted_and_left_to_the_residual_in_training_alone():
     config = LAYERS["capacity"]
-    y, stats = run_layer(config, tokens(), context(padded(), seed=0))
+    y, stats = run(config, tokens(), context(padded(), seed=0))
     layer = make_layer(config)
-    routing = layer.router(tokens(), context(padded(), seed=0))
+    routing = route(layer.router, tokens(), context(padded(), seed=0))
     used = np.stack([load_of(jax.tree.map(lambda leaf, b=b: leaf[b : b + 1], routing)) for b in range(2)])
     slots = 2  # 0.5 * 8 tokens * 2 / 4 experts
     assert stats.dropped == np.maximum(used - slots, 0).sum() > 0
     np.testing.assert_array_equal(stats.load_E, used.sum(0))
-    y_kept, all_kept = run_layer(config, tokens(), context(padded()))
+    y_kept, all_kept = run(config, tokens(), context(padded()))
     assert all_kept.dropped == 0
-    assert_close(y_kept, run_layer(LAYERS["sorted"], tokens(), context(padded()))[0])
+    assert_close(y_kept, run(LAYERS["sorted"], tokens(), context(padded()))[0])
     assert np.abs(y - y_kept).max() > 1e-3
 
 
 @pytest.mark.usefixtures("x64")
 def test_enough_slots_drop_nothing():
     config = moe_config({"num_active": 2, "load_balance": 0.1}, capacity_factor=2.0)
-    y, stats = run_layer(config, tokens(), context(padded(), seed=0))
+    y, stats = run(config, tokens(), context(padded(), seed=0))
     assert stats.dropped == 0
-    assert_close(y, run_layer(LAYERS["dense"], tokens(), context(padded(), seed=0))[0])
+    assert_close(y, run(LAYERS["dense"], tokens(), context(padded(), seed=0))[0])
 
 
 @pytest.mark.usefixtures("x64")
 def test_expert_choice_loads_every_expert_with_exactly_its_slots():
-    _, stats = run_layer(LAYERS["expert_choice"], tokens(), context(seed=0))
+    _, stats = run(LAYERS["expert_choice"], tokens(), context(seed=0))
     np.testing.assert_array_equal(stats.load_E, [2 * 4] * 4)
     assert stats.dropped == 0
 
@@ -260,7 +260,7 @@ def test_expert_choice_loads_every_expert_with_exactly_its_slots():
 def test_expert_choice_is_the_same_dense_and_by_slots():
     dense = moe_config({"kind": "expert_choice", "num_active": 2}, dispatch="dense")
     where = context(padded(), seed=0)
-    assert_close(run_layer(LAYERS["expert_choice"], tokens(), where)[0], run_layer(dense, tokens(), where)[0])
+    assert_close(run(LAYERS["expert_choice"], tokens(), where)[0], run(dense, tokens(), where)[0])
 
 
 @pytest.mark.usefixtures("x64")
@@ -268,6 +268,6 @@ def test_shared_experts_see_every_token_ungated():
     layer = make_layer(moe_config({"num_active": 2}, num_shared_experts=2))
     x, where = tokens(), context()
     assert layer.shared.gate[...].shape == (6, 2 * 5)
-    whole, shared = layer(x, where)[0], layer.shared(x)
+    whole, shared = run_layer(layer, x, where)[0], layer.shared(x)
     layer.shared = None
-    assert_close(whole, layer(x, where)[0] + shared)
+    assert_close(whole, run_layer(layer, x, where)[0] + shared)

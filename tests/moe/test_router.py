@@ -11,7 +11,7 @@ from moejax.config.model import Precision
 from moejax.moe.router import Router, num_slots
 from moejax.parallel.plan import MeshPlan
 from tests.conftest import assert_close
-from tests.moe.layers import B, D, E, T, context, load_of, make_router, moe_config, padded, tokens
+from tests.moe.layers import B, D, E, T, context, load_of, make_router, moe_config, padded, route, tokens
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -30,7 +30,7 @@ def logits_of(router: Router, x_BTD) -> np.ndarray:
 
 def test_mixtral_weights_are_the_softmax_over_the_kept_logits():
     router, x = make_router(moe_config(KINDS["mixtral"])), tokens()
-    routing, logits = router(x, context()), logits_of(router, x)
+    routing, logits = route(router, x, context()), logits_of(router, x)
     kept = np.argsort(-logits, axis=-1)[..., :2]
     np.testing.assert_array_equal(routing.experts_BTA, kept)
     assert_close(routing.weights_BTA, scipy.special.softmax(np.take_along_axis(logits, kept, -1), axis=-1))
@@ -39,7 +39,7 @@ def test_mixtral_weights_are_the_softmax_over_the_kept_logits():
 
 def test_switch_weight_is_the_full_softmax_probability():
     router, x = make_router(moe_config(KINDS["switch"])), tokens()
-    routing, probs = router(x, context()), scipy.special.softmax(logits_of(router, x), axis=-1)
+    routing, probs = route(router, x, context()), scipy.special.softmax(logits_of(router, x), axis=-1)
     np.testing.assert_array_equal(routing.experts_BTA[..., 0], probs.argmax(-1))
     assert_close(routing.weights_BTA[..., 0], probs.max(-1))
 
@@ -56,7 +56,7 @@ def test_a_kept_expert_s_weight_does_not_depend_on_the_others_logits():
     router.weight[...] = jnp.eye(E)  # the tokens are the logits
 
     def weighted(x):
-        routing = router(x, context())
+        routing = route(router, x, context())
         return (routing.weights_BTA * jnp.array([1.0, 3.0])).sum(), routing.experts_BTA
 
     gradient, experts = jax.grad(weighted, has_aux=True)(x)
@@ -68,10 +68,10 @@ def test_a_kept_expert_s_weight_does_not_depend_on_the_others_logits():
 
 def test_a_balancing_bias_moves_the_choice_and_not_the_weights():
     router, x = make_router(moe_config(KINDS["sigmoid"])), tokens()
-    before = router(x, context())
+    before = route(router, x, context())
     bias = np.array([0.0, 0.6, -0.6, 0.0])
     router.bias[...] = jnp.asarray(bias)
-    routing, scores = router(x, context()), scipy.special.expit(logits_of(router, x))
+    routing, scores = route(router, x, context()), scipy.special.expit(logits_of(router, x))
     expected = np.argsort(-(scores + bias), axis=-1)[..., :2]
     np.testing.assert_array_equal(routing.experts_BTA, expected)
     assert (np.asarray(before.experts_BTA) != expected).any()
@@ -94,7 +94,7 @@ def test_a_balancing_bias_is_no_weight_and_has_no_gradient():
 
 def test_expert_choice_gives_every_expert_its_best_tokens_of_each_sequence():
     router, x = make_router(moe_config(KINDS["expert_choice"])), tokens()
-    routing, probs = router(x, context(seed=0)), scipy.special.softmax(logits_of(router, x), axis=-1)
+    routing, probs = route(router, x, context(seed=0)), scipy.special.softmax(logits_of(router, x), axis=-1)
     slots = T * 2 // E
     np.testing.assert_array_equal(routing.chosen_BTA.sum(1), np.full((B, E), slots))
     threshold = np.sort(probs, axis=1)[:, -slots][:, None]
@@ -105,7 +105,7 @@ def test_expert_choice_gives_every_expert_its_best_tokens_of_each_sequence():
 def test_expert_choice_leaves_slots_empty_rather_than_take_padding():
     segments = np.ones((B, T), np.int32)
     segments[1, 1:] = 0
-    routing = make_router(moe_config(KINDS["expert_choice"]))(tokens(), context(segments, seed=0))
+    routing = route(make_router(moe_config(KINDS["expert_choice"])), tokens(), context(segments, seed=0))
     np.testing.assert_array_equal(routing.chosen_BTA.sum(1), [[T * 2 // E] * E, [1] * E])
 
 
@@ -117,7 +117,7 @@ def test_expert_choice_cannot_generate():
 
 def test_a_soft_mixture_gives_every_expert_its_softmax_probability():
     router, x = make_router(moe_config(KINDS["soft"])), tokens()
-    routing = router(x, context())
+    routing = route(router, x, context())
     np.testing.assert_array_equal(routing.experts_BTA, np.broadcast_to(np.arange(E), (B, T, E)))
     assert routing.chosen_BTA.all()
     assert_close(routing.weights_BTA, scipy.special.softmax(logits_of(router, x), axis=-1))
@@ -125,7 +125,7 @@ def test_a_soft_mixture_gives_every_expert_its_softmax_probability():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_is_never_chosen(kind):
-    routing = make_router(moe_config(KINDS[kind]))(tokens(), context(padded(), seed=0))
+    routing = route(make_router(moe_config(KINDS[kind])), tokens(), context(padded(), seed=0))
     chosen = np.asarray(routing.chosen_BTA).any(-1)
     assert not chosen[padded() == 0].any()
     if kind != "expert_choice":
@@ -138,8 +138,8 @@ GAUSSIAN = {"num_active": 2, "noise": "gaussian"}
 def test_gaussian_noise_is_the_learned_deviation_times_a_standard_normal():
     router = make_router(moe_config(GAUSSIAN))
     x, where = tokens(batch=64, length=64), context(batch=64, length=64)
-    noisy = jax.jit(lambda x: router(x, context(seed=0, batch=64, length=64)).logits_BTE)(x)
-    assert_close(router(x, where).logits_BTE, logits_of(router, x))
+    noisy = route(router, x, context(seed=0, batch=64, length=64)).logits_BTE
+    assert_close(route(router, x, where).logits_BTE, logits_of(router, x))
     deviation = np.logaddexp(0.0, np.asarray(x) @ np.asarray(router.noise[...]))
     draws = (np.asarray(noisy) - logits_of(router, x)) / deviation
     count = draws.size
@@ -154,11 +154,11 @@ def test_jitter_multiplies_the_router_s_input_alone():
     config = moe_config({"num_active": 1, "normalize": False, "noise": "jitter", "jitter": 0.25})
     router, x = make_router(config, dim=E), tokens(batch=32, length=32, dim=E)
     router.weight[...] = jnp.eye(E)
-    factor = np.asarray(router(x, context(seed=0, batch=32, length=32)).logits_BTE / x)
+    factor = np.asarray(route(router, x, context(seed=0, batch=32, length=32)).logits_BTE / x)
     assert 0.75 < factor.min() < 0.76
     assert 1.24 < factor.max() < 1.25
     assert abs(factor.mean() - 1.0) < 4 * 0.25 / np.sqrt(3 * factor.size)
-    assert_close(router(x, context(batch=32, length=32)).logits_BTE, x)
+    assert_close(route(router, x, context(batch=32, length=32)).logits_BTE, x)
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "jitter"])
@@ -166,13 +166,13 @@ def test_noise_is_drawn_anew_for_each_key_layer_and_token_and_for_nothing_else(n
     router = make_router(moe_config({"num_active": 2, "noise": noise}))
     x = jnp.broadcast_to(tokens(batch=1, length=1), (B, T, D))
 
-    def route(where):
-        return np.asarray(router(x, where).logits_BTE)
+    def logits(where):
+        return np.asarray(route(router, x, where).logits_BTE)
 
-    first = route(context(seed=0))
-    np.testing.assert_array_equal(first, route(context(seed=0)))
-    assert (first != route(context(seed=1))).all()
-    assert (first != route(context(seed=0).at_layer(1))).all()
+    first = logits(context(seed=0))
+    np.testing.assert_array_equal(first, logits(context(seed=0)))
+    assert (first != logits(context(seed=1))).all()
+    assert (first != logits(context(seed=0).at_layer(1))).all()
     assert len(np.unique(first[..., 0])) == B * T
 
 
@@ -186,7 +186,7 @@ def test_slots_are_rounded_up_within_one_and_the_sequence(length, active, expert
 
 def test_the_router_computes_in_its_own_precision():
     router = Router(MeshPlan.single(), nnx.Rngs(0), D, moe_config(KINDS["mixtral"]), Precision(compute="bfloat16"))
-    routing = router(tokens().astype(jnp.bfloat16), context())
+    routing = route(router, tokens().astype(jnp.bfloat16), context())
     for part in (routing.logits_BTE, routing.probs_BTE, routing.weights_BTA):
         assert part.dtype == jnp.float32
 
@@ -197,13 +197,13 @@ def test_extreme_logits_keep_weights_and_gradients_finite(score):
     router.weight[...] = jnp.eye(E)
     x = jnp.array([[[1e4, -1e4, 0.0, 0.0], [-1e4, -1e4, -1e4, -1e4]]])
     where = context(batch=1, length=2)
-    gradient = jax.grad(lambda x: (router(x, where).weights_BTA * jnp.array([1.0, 2.0])).sum())(x)
-    weights = np.asarray(router(x, where).weights_BTA)
+    gradient = jax.grad(lambda x: (route(router, x, where).weights_BTA * jnp.array([1.0, 2.0])).sum())(x)
+    weights = np.asarray(route(router, x, where).weights_BTA)
     assert np.isfinite(weights).all()
     assert np.isfinite(gradient).all()
     np.testing.assert_allclose(weights[0, 0].sum(), 1.0)
 
 
 def test_load_counts_what_the_routing_says():
-    routing = make_router(moe_config(KINDS["mixtral"]))(tokens(), context(padded()))
+    routing = route(make_router(moe_config(KINDS["mixtral"])), tokens(), context(padded()))
     assert load_of(routing).sum() == 2 * (padded() > 0).sum()

@@ -61,8 +61,7 @@ def test_naive_attention_is_a_softmax_over_the_visible_keys(x64):
     assert_close(naive_attention(q, k, v, mask()), by_hand(q, k, v, mask()))
 
 
-@pytest.mark.parametrize("block", [4, 5, 13, 64])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("block", "kv_heads"), [(5, 1), (5, 2), (5, 4), (13, 2), (64, 2)])
 def test_blockwise_and_its_gradients_match_naive(x64, block, kv_heads):
     arrays = draw(kv_heads=kv_heads)
     blocks = with_gradients(lambda *a: blockwise_attention(*a, block), *arrays, mask())

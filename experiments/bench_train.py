@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     from moejax.parallel.plan import MeshPlan
     from moejax.train import optimizer as optimizers
     from moejax.train.state import init_state
-    from moejax.train.step import batch_specs, make_train_step
+    from moejax.train.step import make_train_step, place_batch
 
     options, config = arguments.options, arguments.config
     sizes = {"global_batch": options.batch, "seq_len": options.seq}
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     optimizer = optimizers.build(config.optimizer, train.steps, parts.placements)
     state = init_state(parts, optimizer, train.seed)
     host = random_batch(train.microbatches, train.global_batch, train.seq_len, config.model.vocab, train.seed)
-    batch = {key: jax.device_put(host[key], plan.place(spec)) for key, spec in batch_specs(plan).items()}
+    batch = place_batch(plan, host)
     began = time.perf_counter()
     step = make_train_step(parts, optimizer, config).lower(state, batch).compile()
     compile_s = time.perf_counter() - began

@@ -16,7 +16,8 @@ from moejax.models import ModelParts
 from moejax.parallel.plan import MeshPlan
 from moejax.train import optimizer as optimizers
 from moejax.train.state import TrainState, abstract_state, init_state
-from moejax.train.step import Batch, make_train_step
+from moejax.train.gradient import Batch
+from moejax.train.step import make_train_step, place_batch
 from tests.conftest import TOLERANCE, mesh_config, model_config
 
 Tree = Any
@@ -80,20 +81,20 @@ class TinyRun:
     def place(self, state: TrainState) -> TrainState:
         """Put a state of numpy arrays onto the mesh."""
         places = abstract_state(self.parts, self.optimizer)
-        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, places)
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), self.parts.stored(state), places)
 
     def train(self, state: TrainState, batches: Sequence[Batch]) -> "Trained":
         """Run one step for each batch, all by one compiled program."""
         step = make_train_step(self.parts, self.optimizer, self.config)
         first_moment, metrics = None, []
         for batch in batches:
-            state, seen = step(state, batch)
+            state, seen = step(state, place_batch(self.parts.plan, batch))
             metrics.append(to_numpy(seen))
             if first_moment is None:
-                first_moment = to_numpy(state.opt_state[0].mu)
+                first_moment = to_numpy(self.parts.canonical(state.opt_state[0].mu))
         norm = metrics[0]["grad_norm"]
         scale = (1.0 - self.config.optimizer.beta1) * optimizers.clip_scale(norm, self.config.optimizer.clip_norm)
-        return Trained(jax.tree.map(lambda m: m / np.asarray(scale), first_moment), metrics, to_numpy(state))
+        return Trained(jax.tree.map(lambda m: m / np.asarray(scale), first_moment), metrics, to_numpy(self.parts.canonical(state)))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ class MeshConfig:
     data: Annotated[int, Field(ge=-1)] = 1
     """replicas of the batch; -1: as many as devices are left"""
     sequence: Degree = 1
-    """context parallelism"""
+    """context parallelism: each device has a part of every sequence"""
     expert: Degree = 1
-    """expert parallelism"""
+    """expert parallelism: experts split, tokens sent to them; a batch axis for everything else"""
     tensor: Degree = 1
     """tensor parallelism (arXiv 1909.08053)"""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -31,11 +31,32 @@ class MeshConfig:
     """Megatron's sequence parallelism: the residual stream is split over `tensor` too (arXiv 2205.05198)"""
     replicate_kv: bool = False
     """key/value heads whole on every tensor rank, for num_kv_heads that do not divide by tensor"""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    """order of forward and backward in a pipeline (arXiv 1811.06965, 2006.09503, 2104.04473)"""
+    chunks: Degree = 1
+    """interleaved: groups of layers that each stage holds, v; the bubble shrinks and the traffic grows by v"""
+    context: Literal["ring", "all_to_all"] = "ring"
+    """how queries meet the other devices' keys: keys go round a ring, zig-zag balanced (arXiv 2310.01889), or heads
+    are exchanged for positions (Ulysses, arXiv 2309.14509)"""
+    exchange: Literal["auto", "ragged", "padded"] = "auto"
+    """how rows reach their experts' devices: the rows alone (GPU), or equal parts padded with zeros (CPU's twin)"""
+    exchange_factor: Annotated[float, Field(gt=0.0)] = 1.5
+    """room for routed rows per expert rank, as a multiple of the even share; what overflows goes in further rounds"""
+    overlap_tensor: bool = False
+    """gather and product of tensor parallelism as one ring of steps, so that they overlap; wants sequence_parallel"""
 
     def __post_init__(self) -> None:
-        for axis in ("pipeline", "sequence", "expert"):
-            if (degree := getattr(self, axis)) != 1:
-                raise ValueError(f"{axis} ({degree}) must be 1: this release trains on data and tensor")
+        if (self.chunks > 1) != (self.schedule == "interleaved"):
+            raise ValueError(f'schedule = "{self.schedule}" and chunks ({self.chunks}): interleaved wants chunks > 1')
+        if self.chunks > 1 and self.pipeline == 1:
+            raise ValueError(f"chunks ({self.chunks}) interleave a pipeline: set pipeline > 1")
+        if self.pipeline > 1 and self.zero_stage == 2:
+            raise ValueError(
+                f"zero_stage (2) reduces gradients in every microbatch, which a pipeline (pipeline = {self.pipeline}) "
+                "has many of in flight: set zero_stage = 1, or 3"
+            )
+        if self.overlap_tensor and not self.sequence_parallel:
+            raise ValueError("overlap_tensor rotates parts of the residual stream: set sequence_parallel = true")
         if self.data == 0:
             raise ValueError("data (0) must be a degree, or -1 for all devices that are left")
         if self.sequence_parallel and self.tensor == 1:
@@ -58,5 +79,13 @@ class MeshConfig:
         return MeshConfig(**{**self.__dict__, "data": data})
 
     def for_decoding(self) -> "MeshConfig":
-        """Leave sequence parallelism out: one token cannot be split, and no weight lies differently for it."""
-        return MeshConfig(**{**self.__dict__, "sequence_parallel": False})
+        """Leave sequence parallelism out: one token cannot be split, and no weight lies differently for it.
+
+        Raise ValueError for a mesh that splits layers or positions.
+        """
+        for axis in ("pipeline", "sequence"):
+            if (degree := getattr(self, axis)) > 1:
+                raise ValueError(
+                    f"{axis} ({degree}) is for training: generate on another mesh (any checkpoint restores onto any)"
+                )
+        return MeshConfig(**{**self.__dict__, "sequence_parallel": False, "overlap_tensor": False})

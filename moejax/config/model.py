@@ -42,6 +42,8 @@ class AttentionConfig:
     """base of the rotary frequencies"""
     dropout: Rate = 0.0
     """dropout rate of attention probabilities"""
+    window: Count | None = None
+    """a query sees so many keys, its own included (sliding window, arXiv 2310.06825); none: all before it"""
     implementation: Literal["auto", "naive", "blockwise"] = "auto"
     """naive: the oracle, O(T*S) memory; blockwise: online softmax; auto: the faster that fits"""
 
@@ -78,8 +80,16 @@ class RouterConfig:
     """weight of CV(smooth load)^2; wants noise = "gaussian" (arXiv 1701.06538)"""
     bias_update_rate: NonNegative = 0.0
     """step of the loss-free balancing bias, added for the choice alone (arXiv 2408.15664); 0: no bias"""
+    num_groups: Count = 1
+    """groups that the experts fall into, one per node (DeepSeek-V3's node-limited routing, arXiv 2412.19437)"""
+    groups_kept: Count = 1
+    """groups that one token may reach: those whose best num_active / groups_kept experts score highest together"""
 
     def __post_init__(self) -> None:
+        if self.groups_kept > self.num_groups:
+            raise ValueError(f"groups_kept ({self.groups_kept}) must not exceed num_groups ({self.num_groups})")
+        if self.num_groups > 1 and self.kind != "top_k":
+            raise ValueError(f'num_groups ({self.num_groups}) needs kind = "top_k", not "{self.kind}"')
         if self.load_loss and self.noise != "gaussian":
             raise ValueError(f'load_loss ({self.load_loss}) needs noise = "gaussian", not "{self.noise}"')
         if self.kind != "top_k" and (self.noise == "gaussian" or self.bias_update_rate):
@@ -116,6 +126,14 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if self.router.num_active > self.num_experts:
             raise ValueError(f"num_active ({self.router.num_active}) must not exceed num_experts ({self.num_experts})")
+        groups = self.router.num_groups
+        if self.num_experts % groups:
+            raise ValueError(f"num_experts ({self.num_experts}) must divide by num_groups ({groups})")
+        if self.router.num_active > self.num_experts // groups * self.router.groups_kept:
+            raise ValueError(
+                f"num_active ({self.router.num_active}) must not exceed the experts of groups_kept "
+                f"({self.router.groups_kept}) groups of {self.num_experts // groups}"
+            )
         if self.router.kind == "expert_choice" and self.dispatch == "sorted":
             raise ValueError('expert_choice has fixed slots: set dispatch = "capacity" or "dense"')
         if self.dispatch == "capacity" and self.capacity_factor is None and self.router.kind != "expert_choice":

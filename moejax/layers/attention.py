@@ -12,6 +12,7 @@ from moejax.ops.attention import Drop, attention, visible
 from moejax.ops.random import dropout
 from moejax.ops.rope import apply_rope
 from moejax.parallel.plan import MeshPlan
+from moejax.parallel.ring_attention import context_attention
 
 
 class Attention(nnx.Module):
@@ -47,6 +48,18 @@ class Attention(nnx.Module):
         q_BTNH = apply_rope(self._project(x_BTD, self.q), tables)
         k_BTKH = apply_rope(self._project(x_BTD, self.k), tables)
         v_BTKH = self._project(x_BTD, self.v)
+        if cache is None and self.plan.size("sequence") > 1:
+            k_BTKH, v_BTKH = self._local_kv(k_BTKH), self._local_kv(v_BTKH)
+            o_BTNH = context_attention(
+                self.plan,
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                context.segments_BT,
+                self.config.window,
+                self.config.implementation,
+            )
+            return self._out(o_BTNH), None
         if cache is None:
             k_BSKH, v_BSKH, k_index_BS, k_segments_BS = k_BTKH, v_BTKH, context.index_BT, context.segments_BT
         else:
@@ -54,11 +67,13 @@ class Attention(nnx.Module):
             k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
             k_segments_BS = cache.segments_BS
             k_index_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_segments_BS.shape)
-        seen_BTS = visible(context.index_BT, k_index_BS, context.segments_BT, k_segments_BS)
+        seen_BTS = visible(context.index_BT, k_index_BS, context.segments_BT, k_segments_BS, self.config.window)
         k_BSKH, v_BSKH = self._local_kv(k_BSKH), self._local_kv(v_BSKH)
         o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, seen_BTS, self._drop(context), self.config.implementation)
-        w_NHD = read(self.out, self.dtype)
-        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, w_NHD), cache
+        return self._out(o_BTNH), cache
+
+    def _out(self, o_BTNH: Array) -> Array:
+        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, read(self.out, self.dtype))
 
     def _project(self, x_BTD: Array, param: nnx.Param) -> Array:
         w_DNH = read(param, self.dtype)

@@ -1,6 +1,6 @@
 """What does a layer know of the tokens it is given, besides their vectors?"""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from moejax.parallel.plan import MeshPlan
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """The step's arrays, handed down as an argument; local parts, whole in T on every tensor rank.
+    """The step's arrays, handed down as an argument; local parts, the same on every tensor rank.
 
-    A segment of 0 is padding: it is not routed and nobody sees it. `rows_B` are the sequences' numbers in the global
+    `index_BT` is a token's place in its sequence of `length` tokens, of which this device may hold a part (`sequence`)
+    and not in order. A segment of 0 is padding: it is not routed and nobody sees it. `rows_B` are the sequences' numbers in the global
     batch: with a key they decide dropout and noise, whatever the mesh. No key: inference.
     """
 
@@ -24,22 +25,25 @@ class Context:
     index_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"]
     rows_B: UInt32[Array, " B"]
+    length: int = field(metadata={"static": True})
     key: UInt32[Array, "2"] | None = None
     layer: Int[Array, ""] | int = 0
 
     @classmethod
     def of(
         cls,
+        plan: MeshPlan,
         segments_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"] | None = None,
         rows_B: UInt32[Array, " B"] | None = None,
         key: UInt32[Array, "2"] | None = None,
     ) -> "Context":
-        """Make the context of whole sequences."""
-        batch, length = segments_BT.shape
-        index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        """Make the context of this device's part of whole sequences."""
+        batch, local = segments_BT.shape
+        index_BT = jnp.broadcast_to(plan.sequence_index(local), (batch, local))
         rows_B = jnp.arange(batch, dtype=jnp.uint32) if rows_B is None else rows_B
-        return cls(index_BT if positions_BT is None else positions_BT, index_BT, segments_BT, rows_B, key)
+        positions_BT = index_BT if positions_BT is None else positions_BT
+        return cls(positions_BT, index_BT, segments_BT, rows_B, local * plan.degree("seq"), key)
 
     @property
     def training(self) -> bool:
@@ -55,11 +59,9 @@ class Context:
         assert self.key is not None, "randomness belongs to training"
         return fold(self.key, self.layer, purpose)
 
-    def tokens_BT(self, start: Int[Array, ""] | int = 0, length: int | None = None) -> UInt32[Array, "B t"]:
-        """Give the tokens' numbers in the global batch: row * T + index, for `length` indices from `start` on."""
-        total = self.index_BT.shape[1]
-        index_t = jnp.arange(total if length is None else length, dtype=jnp.uint32) + jnp.asarray(start, jnp.uint32)
-        return self.rows_B[:, None] * jnp.uint32(total) + index_t[None]
+    def tokens_BT(self) -> UInt32[Array, "B T"]:
+        """Give the tokens' numbers in the global batch: row * length + index."""
+        return self.rows_B[:, None] * jnp.uint32(self.length) + self.index_BT.astype(jnp.uint32)
 
     def rope(self, head_dim: int, theta: float) -> Float[Array, "2 B T h"]:
         """Give the rotary tables of these positions."""
@@ -76,8 +78,6 @@ def residual_dropout(
     """Drop elements of a sublayer's output on the residual stream, which may be split over tensor."""
     if rate == 0.0 or not context.training:
         return y_BtD
-    length, total = y_BtD.shape[1], context.index_BT.shape[1]
-    start = plan.index("residual_seq") * length if length != total else 0
-    row = context.tokens_BT(start, length)[:, :, None]
+    row = plan.residual_part(context.tokens_BT())[:, :, None]
     column = jnp.arange(y_BtD.shape[2], dtype=jnp.uint32)
     return dropout(y_BtD, rate, context.draw(purpose), row, column)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.compat import vary
 from moejax.config.model import ModelConfig
@@ -21,6 +21,7 @@ from moejax.moe.dispatch import Apart
 from moejax.moe.layer import MoELayer
 from moejax.moe.stats import RouterStats
 from moejax.parallel.plan import MeshPlan
+from moejax.parallel.rules import check_layers
 
 
 class Output(NamedTuple):
@@ -71,27 +72,28 @@ class Stack(nnx.Module):
         self.remat, self.unroll, self.zero_stage = config.remat, config.unroll, plan.config.zero_stage
 
     def __call__(
-        self, x_BtD: Float[Array, "B t D"], context: Context
+        self, x_BtD: Float[Array, "B t D"], context: Context, before: Int[Array, ""] | int = 0
     ) -> tuple[Float[Array, "B t D"], list[RouterStats]]:
-        """Run every layer; the stats' leaves have a leading dim of `repeats`."""
+        """Run every layer that is here, `before` repeats of the stack going before; stats get a leading dim of repeats."""
         graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+        repeats = jax.tree.leaves(states)[0].shape[0]
 
         def body(x: Array, scanned: tuple[Array, tuple[nnx.State, ...]]) -> tuple[Array, list[RouterStats]]:
             repeat, states = scanned
             stats = []
             for offset, (graph, state) in enumerate(zip(graphs, states, strict=True)):
-                layer = self.first + repeat * len(graphs) + offset
+                layer = self.first + (before + repeat) * len(graphs) + offset
                 x, seen, _ = nnx.merge(graph, state)(x, context.at_layer(layer))
                 stats += [] if seen is None else [seen]
             return x, stats
 
         body = rematerialize(body, self.remat, self.zero_stage)
         if not self.unroll:
-            return lax.scan(body, x_BtD, (jnp.arange(self.repeats), states))
+            return lax.scan(body, x_BtD, (jnp.arange(repeats), states))
         seen = []
         # A split's transpose is one concatenation; that of an index is a sum of whole stacks.
-        parts = jax.tree.map(lambda leaf: lax.split(leaf, [1] * self.repeats), states)
-        for repeat in range(self.repeats):
+        parts = jax.tree.map(lambda leaf: lax.split(leaf, [1] * repeats), states)
+        for repeat in range(repeats):
             layer = jax.tree.map(lambda _, part, r=repeat: part[r][0], states, parts)
             x_BtD, stats = body(x_BtD, (jnp.int32(repeat), layer))
             seen.append(stats)
@@ -117,7 +119,9 @@ class Decoder(nnx.Module):
         scanned = kinds[:-1] if self.competitive else kinds
         self.stacks = nnx.List([])
         first = 0
-        for period, repeats in periods(scanned):
+        runs = periods(scanned)
+        check_layers(plan.config, runs)
+        for period, repeats in runs:
             self.stacks.append(Stack(config, plan, rngs, period, repeats, first))
             first += len(period) * repeats
         self.mixture = Block(config, plan, rngs, kinds[-1]) if self.competitive else None
@@ -135,9 +139,30 @@ class Decoder(nnx.Module):
             x_BtD, seen = stack(x_BtD, context)
             stats.append(seen)
         if self.mixture is None:
-            return Output(self._finish(x_BtD), None, stats)
+            return Output(self.finish(x_BtD), None, stats)
         x_EBtD, log_gate_EBT, seen, _ = self.mixture.uncombined(x_BtD, context.at_layer(self.config.num_layers - 1))
-        return Output(self._finish(x_EBtD), log_gate_EBT, [*stats, [jax.tree.map(lambda a: a[None], seen)]])
+        return Output(self.finish(x_EBtD), log_gate_EBT, [*stats, [jax.tree.map(lambda a: a[None], seen)]])
+
+    def stage(
+        self,
+        x_BtD: Float[Array, "B t D"],
+        ids_BT: Int[Array, "B T"],
+        context: Context,
+        first: Bool[Array, ""],
+        chunk: Int[Array, ""],
+    ) -> tuple[Float[Array, "B t D"], list[list[RouterStats]]]:
+        """Run one chunk of a pipeline stage: the layers that are here, after the embedding if it is the first."""
+        stack, plan = self.stacks[0], self.plan
+        here = jax.tree.leaves(nnx.state(stack, nnx.Param))[0].shape[0]
+        x_BtD = lax.cond(first, lambda: vary(self._embed(ids_BT), plan.stream_axes()), lambda: x_BtD)
+        before = (chunk * plan.size("pipeline") + plan.index("layers")) * here
+        x_BtD, stats = stack(x_BtD, context, before)
+        return x_BtD, [stats]
+
+    def finish(self, x: Float[Array, "*E B t D"]) -> Float[Array, "*E B T D"]:
+        """Normalise what the last layer gives, whole on every tensor rank."""
+        with jax.named_scope("norm"):
+            return self.plan.enter_tensor(self.norm(x))
 
     def cached(
         self,
@@ -157,9 +182,9 @@ class Decoder(nnx.Module):
             x_BtD, _, new = block(x_BtD, context, cache, apart)
             written += [new]
         if self.mixture is None:
-            return Output(self._finish(x_BtD), None, []), written
+            return Output(self.finish(x_BtD), None, []), written
         x_EBtD, log_gate_EBT, _, new = self.mixture.uncombined(x_BtD, context, caches[-1])
-        return Output(self._finish(x_EBtD), log_gate_EBT, []), [*written, new]
+        return Output(self.finish(x_EBtD), log_gate_EBT, []), [*written, new]
 
     def unstacked(self) -> list[Block]:
         """Give all scanned layers one by one, for `cached`."""
@@ -197,7 +222,3 @@ class Decoder(nnx.Module):
     def _embed(self, ids_BT: Array) -> Array:
         with jax.named_scope("embed"):
             return vary(self.embedding(ids_BT), self.plan.batch_axes())
-
-    def _finish(self, x: Array) -> Array:
-        with jax.named_scope("norm"):
-            return self.plan.enter_tensor(self.norm(x))

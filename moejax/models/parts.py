@@ -4,15 +4,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 from moejax.config.model import ModelConfig
-from moejax.models.build import build
-from moejax.models.decoder import Decoder
+from moejax.models.build import FAMILIES, build
+from moejax.models.decoder import Decoder, periods
 from moejax.parallel.plan import MeshPlan
 
 Tree = Any
+STACKS = "stacks"
+"""The key under which `Decoder` holds its stacked layers."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,82 @@ class ModelParts:
         return jax.tree.map(lambda p, s: p.state_spec(self.plan, s.ndim), self.placements, self.shapes)
 
     def buffer_specs(self) -> Tree:
-        """Give the spec of every buffer: whole on all devices."""
-        return jax.tree.map(lambda _: PartitionSpec(), self.buffer_shapes)
+        """Give the spec of every buffer: whole on all devices, but for the layers of a pipeline's stages."""
+        stages = self.plan.axes_of("layers")
+        return jax.tree.map(lambda _: PartitionSpec(stages) if stages else PartitionSpec(), self.buffer_shapes)
 
     def init(self, seed: int) -> tuple[Tree, Tree]:
         """Draw the weights, each device its own part: no array is whole on one device before."""
-        make = jax.jit(lambda: self.split(build(self.config, self.plan, nnx.Rngs(seed))), out_shardings=self._placed())
-        return make()
+
+        def make() -> tuple[Tree, Tree]:
+            return self.stored(self.split(build(self.config, self.plan, nnx.Rngs(seed))))
+
+        return jax.jit(make, out_shardings=self._placed())()
+
+    # --- the layers of pipeline stages: what is stacked lies under STACKS, its first dim in the order of the stages
+
+    def stored(self, tree: Tree) -> Tree:
+        """Bring stacked layers from their own order into that of the stages; others come back as they are."""
+        return self._reorder(tree, self._stage_order())
+
+    def canonical(self, tree: Tree) -> Tree:
+        """Bring stacked layers back into their own order: checkpoints and proofs keep this one."""
+        order = self._stage_order()
+        return self._reorder(tree, None if order is None else np.argsort(order))
+
+    def chunk(self, tree: Tree, chunk: Array) -> Tree:
+        """Take the stacked layers of one of this device's chunks; what is not stacked comes as it is."""
+        chunks = self.plan.config.chunks
+
+        def take(leaf: Array) -> Array:
+            size = leaf.shape[0] // chunks
+            return lax.dynamic_slice_in_dim(leaf, chunk * size, size)
+
+        return tree if chunks == 1 else _map_stacked(take, tree)
+
+    def add_chunk(self, total: Tree, part: Tree, chunk: Array) -> Tree:
+        """Add one chunk's stacked layers at its place, and everything else as it is."""
+
+        def add(whole: Array, leaf: Array) -> Array:
+            start = chunk * leaf.shape[0]
+            old = lax.dynamic_slice_in_dim(whole, start, leaf.shape[0])
+            return lax.dynamic_update_slice_in_dim(whole, old + leaf.astype(old.dtype), start, 0)
+
+        def either(whole: Array, leaf: Array) -> Array:
+            return whole + leaf.astype(whole.dtype) if whole.shape == leaf.shape else add(whole, leaf)
+
+        return jax.tree.map(either, total, part)
+
+    def all_layers(self, x: Array) -> Array:
+        """Join what each stage has of its own layers [l, ...] to [L, ...], in the layers' order, on every device."""
+        if self.plan.size("pipeline") == 1:
+            return x
+        joined = self.plan.gather(x, "layers", 0)
+        order = self._stage_order()
+        return joined if order is None else joined[np.argsort(order)]
+
+    def _stage_order(self) -> np.ndarray | None:
+        """Give, for each place of a stack, the repeat that lies there; None where that is their own order."""
+        stages, chunks = self.plan.size("pipeline"), self.plan.config.chunks
+        if chunks == 1:
+            return None
+        [(_, repeats)] = periods(FAMILIES[self.config.name].layers(self.config))
+        # A stage holds chunks far apart: chunk c of stage s is the (c * stages + s)-th run of layers.
+        return np.arange(repeats).reshape(chunks, stages, -1).swapaxes(0, 1).reshape(-1)
+
+    @staticmethod
+    def _reorder(tree: Tree, order: np.ndarray | None) -> Tree:
+        return tree if order is None else _map_stacked(lambda leaf: jnp.take(leaf, order, axis=0), tree)
 
     def _placed(self) -> Tree:
         return jax.tree.map(self.plan.place, (self.weight_specs(), self.buffer_specs()))
+
+
+def _map_stacked(f: Any, tree: Tree) -> Tree:
+    def either(path: Any, leaf: Any) -> Any:
+        return f(leaf) if any(getattr(key, "key", None) == STACKS for key in path) else leaf
+
+    return jax.tree_util.tree_map_with_path(either, tree)
 
 
 def _plain(state: nnx.State) -> Tree:

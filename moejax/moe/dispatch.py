@@ -14,6 +14,7 @@ from moejax.moe.experts import Experts
 from moejax.moe.router import Routing
 from moejax.ops.permute import combine_rows, gather_rows, sort_by_expert
 from moejax.ops.swiglu import swiglu
+from moejax.parallel.plan import MeshPlan
 
 
 class Dispatched(NamedTuple):
@@ -43,9 +44,14 @@ def expert_outputs(
 ) -> Float[Array, "E B T D"]:
     """Give every expert's output for every token, uncombined."""
     batch, length, dim = x_BTD.shape
-    token_M = context.tokens_BT().reshape(-1)
-    slots_EM = token_M[None] * jnp.uint32(num_experts) + jnp.arange(num_experts, dtype=jnp.uint32)[:, None]
-    outputs_EMD = experts.all_rows(x_BTD.reshape(-1, dim), slots_EM, context)
+    plan = experts.plan
+    # Over `expert`: every rank gets the group's tokens, runs its own experts on them, and sends each its outputs.
+    token_M = plan.gather_local(context.tokens_BT().reshape(-1), "experts", 0)
+    x_MD = plan.gather_local(x_BTD.reshape(-1, dim), "experts", 0)
+    local = num_experts // plan.degree("experts")
+    expert_e = plan.index("experts") * local + jnp.arange(local)
+    slots_eM = token_M[None] * jnp.uint32(num_experts) + expert_e.astype(jnp.uint32)[:, None]
+    outputs_EMD = plan.to_experts(experts.all_rows(x_MD, slots_eM, context), split=1, join=0)
     return outputs_EMD.reshape(num_experts, batch, length, dim)
 
 
@@ -99,15 +105,43 @@ def dispatch_few(experts: Apart, x_BTD: Float[Array, "B T D"], routing: Routing)
 
 
 def slot_positions(
-    experts_BTA: Int[Array, "B T A"], chosen_BTA: Bool[Array, "B T A"], num_experts: int
+    plan: MeshPlan, experts_BTA: Int[Array, "B T A"], chosen_BTA: Bool[Array, "B T A"], num_experts: int
 ) -> Int[Array, "B T A"]:
     """Number each expert's slots of a sequence 0, 1, 2 ...: first choices before second ones, then token order."""
+    position_BTA, count_BAE = _count_before(experts_BTA, chosen_BTA, num_experts)
+    if plan.size("sequence") == 1:
+        return position_BTA
+    # Each device holds runs of a sequence (two for a ring): what stands in earlier runs comes before.
+    runs = 2 if plan.config.context == "ring" else 1
+    split = [x.reshape(x.shape[0], runs, -1, x.shape[2]) for x in (experts_BTA, chosen_BTA)]
+    counted = [_count_before(e, c, num_experts) for e, c in zip(*(jnp.moveaxis(x, 1, 0) for x in split), strict=True)]
+    count_XBAE = jnp.stack([count for _, count in counted])
+    all_XBAE = plan.gather_local(count_XBAE, "seq", 0)
+    ranks = plan.size("sequence")
+    order = jnp.concatenate([plan.sequence_index(runs, rank) for rank in range(ranks)])
+    mine = plan.sequence_index(runs)
+    parts = []
+    for run, (position, count_BAE) in enumerate(counted):
+        earlier_X1 = (order < mine[run])[:, None, None, None]
+        same_BAE = jnp.where(earlier_X1, all_XBAE, 0).sum(0)
+        total_BAE = all_XBAE.sum(0)
+        # `position` counts this run's earlier choices; the whole sequence's take their place.
+        own_BAE = jnp.cumsum(count_BAE, axis=1) - count_BAE
+        base_BAE = jnp.cumsum(total_BAE, axis=1) - total_BAE + same_BAE - own_BAE
+        hot_BTAE = jax.nn.one_hot(split[0][:, run], num_experts, dtype=jnp.int32)
+        parts.append(position + (hot_BTAE * base_BAE[:, None]).sum(-1))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _count_before(experts_BTA: Array, chosen_BTA: Array, num_experts: int) -> tuple[Array, Array]:
+    """Give each slot's number among these tokens' slots of its expert, and how many each choice has of each expert."""
     batch, length, active = experts_BTA.shape
     hot_BATE = jax.nn.one_hot(experts_BTA.swapaxes(1, 2), num_experts, dtype=jnp.int32)
     hot_BATE = hot_BATE * chosen_BTA.swapaxes(1, 2)[..., None]
     hot_BIE = hot_BATE.reshape(batch, active * length, num_experts)
     before_BIE = jnp.cumsum(hot_BIE, axis=1) - hot_BIE
-    return (before_BIE * hot_BIE).sum(-1).reshape(batch, active, length).swapaxes(1, 2)
+    position_BTA = (before_BIE * hot_BIE).sum(-1).reshape(batch, active, length).swapaxes(1, 2)
+    return position_BTA, hot_BATE.sum(2)
 
 
 def dispatch_capacity(
@@ -116,8 +150,12 @@ def dispatch_capacity(
     """Give each expert `slots` places per sequence; what overflows is left to the residual (arXiv 2101.03961)."""
     batch, length, dim = x_BTD.shape
     active, num_experts = routing.experts_BTA.shape[-1], routing.probs_BTE.shape[-1]
-    position_BTA = slot_positions(routing.experts_BTA, routing.chosen_BTA, num_experts)
+    plan = experts.plan
+    position_BTA = slot_positions(plan, routing.experts_BTA, routing.chosen_BTA, num_experts)
     kept_BTA = routing.chosen_BTA & (position_BTA < slots)
+    if plan.size("sequence") > 1:  # this device's part of a sequence fills places of its own
+        slots = min(slots, length)
+        position_BTA = _count_before(routing.experts_BTA, kept_BTA, num_experts)[0]
     # One place past the end takes what is dropped; its token is T, a row of zeros.
     place_BTA = jnp.where(kept_BTA, routing.experts_BTA * slots + position_BTA, num_experts * slots)
     token_BTA = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :, None], place_BTA.shape)
@@ -133,7 +171,10 @@ def dispatch_capacity(
 
     padded_BTD = jnp.pad(x_BTD, ((0, 0), (0, 1), (0, 0)))
     x_BPD = jnp.take_along_axis(padded_BTD, fill(token_BTA, length)[..., None], axis=1)
-    y_ECD = experts.batched(by_expert(x_BPD), by_expert(fill(_slot_numbers(routing, context), 0)), context)
+    x_eCD = plan.to_experts(by_expert(x_BPD), split=0, join=1)
+    slots_EC = by_expert(fill(_slot_numbers(routing, context), 0))
+    slots_eC = plan.to_experts(slots_EC, split=0, join=1) if experts.dropping(context) else slots_EC
+    y_ECD = plan.to_experts(experts.batched(x_eCD, slots_eC, context), split=1, join=0)
     y_BPD = y_ECD.reshape(num_experts, batch, slots, dim).swapaxes(0, 1).reshape(batch, -1, dim)
     rows_BTAD = jnp.pad(y_BPD, ((0, 0), (0, 1), (0, 0)))[sequence_B[..., None], place_BTA]
     weights_BTA = jnp.where(kept_BTA, routing.weights_BTA, 0.0)

@@ -1,5 +1,8 @@
 """The experts' weights, stacked, and the three shapes in which rows reach them."""
 
+from functools import partial
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
@@ -10,6 +13,7 @@ from moejax.layers.param import make_param, read
 from moejax.ops.grouped_matmul import expert_swiglu, grouped_matmul
 from moejax.ops.random import dropout
 from moejax.ops.swiglu import swiglu
+from moejax.parallel.exchange import exchange_rows
 from moejax.parallel.plan import MeshPlan
 
 Slots = UInt32[Array, "*X"]
@@ -30,13 +34,13 @@ class Experts(nnx.Module):
         self.plan, self.rate, self.dtype = plan, moe.dropout, precision.compute
 
     def all_rows(self, x_MD: Float[Array, "M D"], slots_EM: Slots, context: Context) -> Float[Array, "E M D"]:
-        """Run every expert on every row."""
+        """Run every local expert on every row."""
         gate, up, down = self._weights()
         h_EMF = swiglu(jnp.einsum("MD,EDF->EMF", x_MD, gate), jnp.einsum("MD,EDF->EMF", x_MD, up))
         return jnp.einsum("EMF,EFD->EMD", self._drop(h_EMF, slots_EM, context), down)
 
     def batched(self, x_ECD: Float[Array, "E C D"], slots_EC: Slots, context: Context) -> Float[Array, "E C D"]:
-        """Run each expert on its own C rows."""
+        """Run each local expert on its own C rows."""
         gate, up, down = self._weights()
         h_ECF = swiglu(jnp.einsum("ECD,EDF->ECF", x_ECD, gate), jnp.einsum("ECD,EDF->ECF", x_ECD, up))
         return jnp.einsum("ECF,EFD->ECD", self._drop(h_ECF, slots_EC, context), down)
@@ -44,24 +48,43 @@ class Experts(nnx.Module):
     def grouped(
         self, x_RD: Float[Array, "R D"], group_sizes_E: Int[Array, " E"], slots_R: Slots, context: Context
     ) -> Float[Array, "R D"]:
-        """Run each expert on its group of consecutive rows."""
-        gate, up, down = self._weights()
-        if self.rate == 0.0 or not context.training:
-            return expert_swiglu(x_RD, gate, up, down, group_sizes_E)
-        h_RF = swiglu(grouped_matmul(x_RD, gate, group_sizes_E), grouped_matmul(x_RD, up, group_sizes_E))
-        return grouped_matmul(self._drop(h_RF, slots_R, context), down, group_sizes_E)
+        """Run each expert on its group of consecutive rows, on the device where it lies; E is the global number."""
+        key = (context.draw(PURPOSE_EXPERT), self.plan.index("expert_ffn")) if self.dropping(context) else ()
+        run = partial(_run_groups, self.rate)
+        if self.plan.size("expert") == 1:
+            return run(self._weights(), key, x_RD, group_sizes_E, slots_R)
+        return exchange_rows(self.plan, run, self._weights(), key, x_RD, slots_R, group_sizes_E)
+
+    def dropping(self, context: Context) -> bool:
+        """Say whether rows' slot numbers are asked for."""
+        return self.rate > 0.0 and context.training
 
     def _weights(self) -> tuple[Array, Array, Array]:
         return read(self.gate, self.dtype), read(self.up, self.dtype), read(self.down, self.dtype)
 
     def _drop(self, h: Array, slots: Slots, context: Context) -> Array:
-        if self.rate == 0.0 or not context.training:
+        if not self.dropping(context):
             return h
-        first = self.plan.index("expert_ffn") * h.shape[-1]
-        column = (first + jnp.arange(h.shape[-1])).astype(jnp.uint32)
-        return dropout(h, self.rate, context.draw(PURPOSE_EXPERT), slots[..., None], column)
+        return _drop_hidden(h, self.rate, (context.draw(PURPOSE_EXPERT), self.plan.index("expert_ffn")), slots)
 
     def apart(self) -> list[tuple[Array, Array]]:
         """Give each expert's (gate beside up [D, 2F], down [F, D]) as arrays of its own, for `dispatch_few`."""
         gate, up, down = self._weights()
         return [(jnp.concatenate([gate[e], up[e]], axis=1), down[e]) for e in range(gate.shape[0])]
+
+
+def _run_groups(
+    rate: float, weights: tuple[Array, Array, Array], key: Any, x_RD: Array, group_sizes_E: Array, slots_R: Array
+) -> Array:
+    """Run groups of rows; `key` (with the tensor rank) is there where dropout is."""
+    gate, up, down = weights
+    if not key:
+        return expert_swiglu(x_RD, gate, up, down, group_sizes_E)
+    h_RF = swiglu(grouped_matmul(x_RD, gate, group_sizes_E), grouped_matmul(x_RD, up, group_sizes_E))
+    return grouped_matmul(_drop_hidden(h_RF, rate, key, slots_R), down, group_sizes_E)
+
+
+def _drop_hidden(h: Array, rate: float, key: tuple[Array, Array], slots: Slots) -> Array:
+    bits, rank = key
+    column = (rank * h.shape[-1] + jnp.arange(h.shape[-1])).astype(jnp.uint32)
+    return dropout(h, rate, bits, slots[..., None], column)

@@ -79,5 +79,5 @@ class MoELayer(nnx.Module):
         if way == "sorted":
             return dispatch_sorted(self.experts, x_BTD, routing, context)
         factor = config.capacity_factor or 1.0
-        slots = num_slots(x_BTD.shape[1], config.router.num_active, config.num_experts, factor)
+        slots = num_slots(context.length, config.router.num_active, config.num_experts, factor)
         return dispatch_capacity(self.experts, x_BTD, routing, context, slots)

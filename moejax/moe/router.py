@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.config.model import MoEConfig, Precision
+from moejax.config.model import MoEConfig, Precision, RouterConfig
 from moejax.layers.context import PURPOSE_ROUTER, Context
 from moejax.layers.param import make_param, read
 from moejax.ops.random import normal_at, uniform_at
@@ -43,7 +43,7 @@ class Router(nnx.Module):
         self.weight = make_param(plan, rngs, **made)
         self.noise = make_param(plan, rngs, **made) if config.noise == "gaussian" else None
         self.bias = RouterBias(jnp.zeros(experts, precision.router)) if config.bias_update_rate else None
-        self.config, self.dtype = config, precision.router
+        self.plan, self.config, self.dtype = plan, config, precision.router
         self.capacity_factor = moe.capacity_factor or 1.0
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> Routing:
@@ -58,8 +58,8 @@ class Router(nnx.Module):
         if self.config.kind == "expert_choice":
             if not context.training and context.index_BT.shape[1] == 1:
                 raise ValueError("expert choice sees whole sequences: it is for training, and cannot generate")
-            slots = num_slots(x_BTD.shape[1], self.config.num_active, logits_BTE.shape[-1], self.capacity_factor)
-            return _expert_choice(logits_BTE, valid_BT, slots)
+            slots = num_slots(context.length, self.config.num_active, logits_BTE.shape[-1], self.capacity_factor)
+            return _expert_choice(self.plan, logits_BTE, valid_BT, slots)
         noisy_BTE, std_BTE = self._noise(x_BTD, logits_BTE, context)
         return self._top_k(noisy_BTE, logits_BTE, std_BTE, valid_BT)
 
@@ -81,8 +81,10 @@ class Router(nnx.Module):
         active = self.config.num_active
         # In logs, so that no score underflows: a normalised weight is a softmax over the kept ones.
         log_BTE = jax.nn.log_softmax(noisy_BTE) if self.config.score == "softmax" else jax.nn.log_sigmoid(noisy_BTE)
-        ranked_BTE = log_BTE if self.bias is None else jnp.exp(log_BTE) + self.bias[...]
-        _, experts_BTA = lax.top_k(lax.stop_gradient(ranked_BTE), active)
+        score_BTE = jnp.exp(log_BTE) if self.bias is None else jnp.exp(log_BTE) + self.bias[...]
+        ranked_BTE = log_BTE if self.bias is None else score_BTE
+        ranked_BTE = _limit_groups(self.config, *lax.stop_gradient((ranked_BTE, score_BTE)))
+        _, experts_BTA = lax.top_k(ranked_BTE, active)
         kept_BTA = jnp.take_along_axis(log_BTE, experts_BTA, axis=-1)
         weights_BTA = jax.nn.softmax(kept_BTA) if self.config.normalize else jnp.exp(kept_BTA)
         probs_BTE = jax.nn.softmax(log_BTE)
@@ -102,6 +104,17 @@ def num_slots(length: int, active: int, experts: int, factor: float) -> int:
     return max(1, min(length, -int(-(factor * length * active) // experts)))
 
 
+def _limit_groups(config: RouterConfig, ranked_BTE: Array, score_BTE: Array) -> Array:
+    """Put the experts of all but a token's best groups last: those groups whose best few score highest together."""
+    if config.groups_kept == config.num_groups:
+        return ranked_BTE
+    groups = (*ranked_BTE.shape[:2], config.num_groups, -1)
+    few = max(config.num_active // config.groups_kept, 1)
+    score_BTX = lax.top_k(score_BTE.reshape(groups), few)[0].sum(-1)
+    kept_BTX = jax.nn.one_hot(lax.top_k(score_BTX, config.groups_kept)[1], config.num_groups, dtype=jnp.bool_).any(-2)
+    return jnp.where(kept_BTX[..., None], ranked_BTE.reshape(groups), -jnp.inf).reshape(ranked_BTE.shape)
+
+
 def _all_experts(logits_BTE: Array, valid_BT: Array) -> Routing:
     probs_BTE = jax.nn.softmax(logits_BTE)
     experts = jnp.broadcast_to(jnp.arange(probs_BTE.shape[-1], dtype=jnp.int32), probs_BTE.shape)
@@ -109,12 +122,15 @@ def _all_experts(logits_BTE: Array, valid_BT: Array) -> Routing:
     return Routing(experts, probs_BTE, chosen, logits_BTE, probs_BTE)
 
 
-def _expert_choice(logits_BTE: Array, valid_BT: Array, slots: int) -> Routing:
-    """Let every expert pick its `slots` best tokens of each sequence (arXiv 2202.09368)."""
+def _expert_choice(plan: MeshPlan, logits_BTE: Array, valid_BT: Array, slots: int) -> Routing:
+    """Let every expert pick its `slots` best tokens of each whole sequence (arXiv 2202.09368)."""
     probs_BTE = jax.nn.softmax(logits_BTE)
     wanted_BET = jnp.where(valid_BT[:, None], lax.stop_gradient(probs_BTE).swapaxes(1, 2), -1.0)
-    _, tokens_BEC = lax.top_k(wanted_BET, slots)
-    picked_BET = jax.nn.one_hot(tokens_BEC, wanted_BET.shape[-1], dtype=jnp.bool_).any(axis=2)
+    local = wanted_BET.shape[-1]
+    wanted_BES = plan.gather_local(wanted_BET, "seq", 2)
+    _, tokens_BEC = lax.top_k(wanted_BES, slots)
+    picked_BES = jax.nn.one_hot(tokens_BEC, wanted_BES.shape[-1], dtype=jnp.bool_).any(axis=2)
+    picked_BET = lax.dynamic_slice_in_dim(picked_BES, plan.index("seq") * local, local, 2)
     chosen_BTE = picked_BET.swapaxes(1, 2) & valid_BT[..., None]
     routing = _all_experts(logits_BTE, valid_BT)
     return routing._replace(weights_BTA=jnp.where(chosen_BTE, probs_BTE, 0.0), chosen_BTA=chosen_BTE)

@@ -22,10 +22,12 @@ def visible(
     k_index_BS: Int[Array, "B S"],
     q_segments_BT: Int[Array, "B T"],
     k_segments_BS: Int[Array, "B S"],
+    window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Say which keys a query sees: those of its own segment that do not come after it."""
-    causal = k_index_BS[:, None, :] <= q_index_BT[:, :, None]
-    return causal & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
+    """Say which keys a query sees: those of its own segment that do not come after it, the last `window` of them."""
+    distance_BTS = q_index_BT[:, :, None] - k_index_BS[:, None, :]
+    seen_BTS = (distance_BTS >= 0) & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
+    return seen_BTS if window is None else seen_BTS & (distance_BTS < window)
 
 
 def naive_attention(
@@ -87,9 +89,9 @@ def _attend_blocks_fwd(
     parts = []
     for start in range(0, q_BTNH.shape[1], block):
         rows, keys = slice(start, start + block), slice(0, start + block)
-        parts.append(_attend_block(q_BTNH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], visible_BTS[:, rows, keys]))
+        parts.append(attend(q_BTNH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], visible_BTS[:, rows, keys]))
     o_BTNH, lse_BTN = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-    return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, visible_BTS, lse_BTN)
+    return o_BTNH.astype(q_BTNH.dtype), (q_BTNH, k_BSKH, v_BSKH, visible_BTS, lse_BTN)
 
 
 def _attend_blocks_bwd(block: int, saved: tuple, do_BTNH: Array) -> tuple:
@@ -99,7 +101,7 @@ def _attend_blocks_bwd(block: int, saved: tuple, do_BTNH: Array) -> tuple:
     length = q_BTNH.shape[1]
     for start in range(0, length, block):
         rows, keys = slice(start, start + block), slice(0, start + block)
-        dq_block, dk_block, dv_block = _attend_block_bwd(
+        dq_block, dk_block, dv_block = attend_bwd(
             q_BTNH[:, rows],
             k_BSKH[:, keys],
             v_BSKH[:, keys],
@@ -112,7 +114,7 @@ def _attend_blocks_bwd(block: int, saved: tuple, do_BTNH: Array) -> tuple:
         dk.append(jnp.pad(dk_block, rest))
         dv.append(jnp.pad(dv_block, rest))
     dk_BSKH, dv_BSKH = (functools.reduce(jnp.add, parts).astype(k_BSKH.dtype) for parts in (dk, dv))
-    return jnp.concatenate(dq, axis=1), dk_BSKH, dv_BSKH, None
+    return jnp.concatenate(dq, axis=1).astype(q_BTNH.dtype), dk_BSKH, dv_BSKH, None
 
 
 _attend_blocks.defvjp(_attend_blocks_fwd, _attend_blocks_bwd)
@@ -144,37 +146,71 @@ def _scores(q_BKQH: Array, k_BSKH: Array, visible_BTS: Array) -> Array:
     return s_BKGTS.reshape(batch, kv_heads, rows, keys)
 
 
-def _attend_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> tuple[Array, Array]:
-    """Give the output and the log-sum-exp [B, T, N] of one block of queries."""
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    visible_BTS: Bool[Array, "B T S"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attend to a part of the keys: the output over these alone and its log-sum-exp, in float32 or wider.
+
+    A query that sees nothing gives zeros and -inf; `merge` joins two parts.
+    """
     length, kv_heads = q_BTNH.shape[1], k_BSKH.shape[2]
     s_BKQS = _scores(_by_kv_head(q_BTNH, kv_heads), k_BSKH, visible_BTS)
     max_BKQ1 = s_BKQS.max(-1, keepdims=True)
     e_BKQS = jnp.exp(s_BKQS - max_BKQ1)
     norm_BKQ1 = e_BKQS.sum(-1, keepdims=True)
     o_BKQH = jnp.einsum("BKQS,BSKH->BKQH", e_BKQS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=norm_BKQ1.dtype)
-    # A query that sees nothing: zero output, and (by an infinite log-sum-exp) zero probabilities backward.
     sees_BKQ1 = max_BKQ1 > 0.25 * jnp.finfo(s_BKQS.dtype).min
     o_BKQH = jnp.where(sees_BKQ1, o_BKQH / norm_BKQ1, 0.0)
-    lse_BKQ1 = jnp.where(sees_BKQ1, max_BKQ1 + jnp.log(norm_BKQ1), jnp.inf)
-    return _by_query(o_BKQH, length).astype(q_BTNH.dtype), _by_query(lse_BKQ1, length)[..., 0]
+    lse_BKQ1 = jnp.where(sees_BKQ1, max_BKQ1 + jnp.log(norm_BKQ1), -jnp.inf)
+    return _by_query(o_BKQH, length), _by_query(lse_BKQ1, length)[..., 0]
 
 
-def _attend_block_bwd(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array, lse_BTN: Array, do_BTNH: Array
-) -> tuple[Array, Array, Array]:
-    """Give one block's dq, and its part of dk and dv in float32 or wider."""
+Partial = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
+
+
+def merge(one: Partial, other: Partial) -> Partial:
+    """Join the outputs and log-sum-exps over two disjoint parts of the keys (arXiv 2112.05682)."""
+    (o1_BTNH, lse1_BTN), (o2_BTNH, lse2_BTN) = one, other
+    max_BTN = jnp.maximum(lse1_BTN, lse2_BTN)
+    safe_BTN = jnp.where(jnp.isneginf(max_BTN), 0.0, max_BTN)
+    w1_BTN, w2_BTN = jnp.exp(lse1_BTN - safe_BTN), jnp.exp(lse2_BTN - safe_BTN)
+    norm_BTN = w1_BTN + w2_BTN
+    o_BTNH = (o1_BTNH * w1_BTN[..., None] + o2_BTNH * w2_BTN[..., None]) / jnp.where(norm_BTN > 0, norm_BTN, 1)[..., None]
+    return o_BTNH, safe_BTN + jnp.log(norm_BTN)
+
+
+def attend_bwd(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    visible_BTS: Bool[Array, "B T S"],
+    lse_BTN: Float[Array, "B T N"],
+    do_BTNH: Float[Array, "B T N H"],
+    delta_BTN: Float[Array, "B T N"] | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Give dq, dk and dv of a part of the keys, in float32 or wider.
+
+    lse is over all keys, and so is delta, the sum of do * o over H; without it these keys are all there are.
+    """
     dtype, wide, length, kv_heads = q_BTNH.dtype, lse_BTN.dtype, q_BTNH.shape[1], k_BSKH.shape[2]
     q_BKQH, do_BKQH = _by_kv_head(q_BTNH, kv_heads), _by_kv_head(do_BTNH, kv_heads)
+    # An infinite log-sum-exp makes the probabilities of a query that sees nothing zero.
+    lse_BTN = jnp.where(jnp.isneginf(lse_BTN), jnp.inf, lse_BTN)
     p_BKQS = jnp.exp(_scores(q_BKQH, k_BSKH, visible_BTS) - _by_kv_head(lse_BTN[..., None], kv_heads))
     dot = functools.partial(jnp.einsum, preferred_element_type=wide)
     dv_BSKH = dot("BKQS,BKQH->BSKH", p_BKQS.astype(dtype), do_BKQH)
     dp_BKQS = dot("BKQH,BSKH->BKQS", do_BKQH, v_BSKH)
-    # Equal to the sum of do * o, but not rounded as a saved output is.
-    delta_BKQ1 = (p_BKQS * dp_BKQS).sum(-1, keepdims=True)
+    if delta_BTN is None:  # equal to the sum of do * o, but not rounded as a saved output is
+        delta_BKQ1 = (p_BKQS * dp_BKQS).sum(-1, keepdims=True)
+    else:
+        delta_BKQ1 = _by_kv_head(delta_BTN[..., None], kv_heads)
     ds_BKQS = (p_BKQS * (dp_BKQS - delta_BKQ1) / math.sqrt(q_BKQH.shape[-1])).astype(dtype)
     dq_BKQH = dot("BKQS,BSKH->BKQH", ds_BKQS, k_BSKH)
     dk_BSKH = dot("BKQS,BKQH->BSKH", ds_BKQS, q_BKQH)
-    return _by_query(dq_BKQH, length).astype(dtype), dk_BSKH, dv_BSKH
+    return _by_query(dq_BKQH, length), dk_BSKH, dv_BSKH
 
 
 def attention(

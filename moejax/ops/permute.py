@@ -82,6 +82,40 @@ def _rows_of_tokens(x_MD: Array, order: Order, num_active: int) -> Float[Array, 
     return jnp.where(chosen_R[:, None], x_MD.at[order.rows_R // num_active].get(mode="promise_in_bounds"), 0)
 
 
+def move_rows(
+    x_RD: Float[Array, "R D"],
+    take_X: Int[Array, "X"],
+    taken_X: Bool[Array, "X"],
+    back_R: Int[Array, "R"],
+    kept_R: Bool[Array, "R"],
+) -> Float[Array, "X D"]:
+    """Copy row take[i] to place i, zeros where it is not taken; (back, kept) is the same map seen from the rows.
+
+    The gradient is the way back: a gather, where a plain gather's is a scatter. The caller vouches for the inverse.
+    """
+    return _move_rows(*_to_common_axes(x_RD, take_X, taken_X, back_R, kept_R))
+
+
+def _take_rows(x_RD: Array, take_X: Array, taken_X: Array) -> Array:
+    return jnp.where(taken_X[:, None], x_RD.at[take_X].get(mode="clip"), 0)
+
+
+@jax.custom_vjp
+def _move_rows(x_RD: Array, take_X: Array, taken_X: Array, back_R: Array, kept_R: Array) -> Array:
+    return _take_rows(x_RD, take_X, taken_X)
+
+
+def _move_rows_fwd(x_RD: Array, take_X: Array, taken_X: Array, back_R: Array, kept_R: Array) -> tuple:
+    return _take_rows(x_RD, take_X, taken_X), (back_R, kept_R)
+
+
+def _move_rows_bwd(saved: tuple, dy_XD: Array) -> tuple:
+    return _take_rows(dy_XD, *saved), None, None, None, None
+
+
+_move_rows.defvjp(_move_rows_fwd, _move_rows_bwd)
+
+
 @jax.custom_vjp
 def _combine_rows(y_RD: Array, weights_MA: Array, order: Order) -> Array:
     num_active = weights_MA.shape[1]

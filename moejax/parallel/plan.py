@@ -111,15 +111,26 @@ class MeshPlan:
         axes = self.axes_of(name)
         return lax.all_gather(vary(x, axes), axes, axis=dim, tiled=True, to="invarying") if axes else x
 
+    def gather_local(self, x: jax.Array, name: str, dim: int) -> jax.Array:
+        """Join the devices' parts as `gather` does, for this device's own use: the transpose is a reduce-scatter."""
+        axes = self.axes_of(name)
+        return lax.all_gather(vary(x, axes), axes, axis=dim, tiled=True) if axes else x
+
     def index(self, name: str) -> jax.Array:
         """Give this device's rank along a logical axis, an int32 scalar."""
         axes = self.axes_of(name)
         return lax.axis_index(axes) if axes else jnp.int32(0)
 
     def agree(self, x: jax.Array) -> jax.Array:
-        """Turn a value that is equal on all devices, though its type says that it varies, into an unvarying one."""
-        axes = tuple(sorted(varying_axes(x)))
+        """Turn a value that is equal on all devices of a stage, though its type says otherwise, into an unvarying one."""
+        axes = tuple(sorted(varying_axes(x) - {"pipeline"}))
         return lax.pmean(x, axes) if axes else x
+
+    def to_experts(self, x: jax.Array, split: int, join: int) -> jax.Array:
+        """Exchange over `expert`: part i of dim `split` goes to rank i, what comes is joined along dim `join`."""
+        if self.size("expert") == 1:
+            return x
+        return lax.all_to_all(vary(x, ("expert",)), "expert", split, join, tiled=True)
 
     def enter_tensor(self, x_BtD: jax.Array) -> jax.Array:
         """Bring the residual stream to every tensor rank, whole: Megatron's f (arXiv 1909.08053, 2205.05198).
@@ -143,5 +154,45 @@ class MeshPlan:
         return lax.psum(y_BTD, "tensor")
 
     def batch_axes(self) -> tuple[str, ...]:
-        """Give the mesh axes over which gradients are summed: every one that splits tokens but no weight."""
+        """Give the mesh axes that split tokens."""
         return tuple(a for a in (*BATCH_AXES, "sequence") if self.size(a) > 1)
+
+    def gradient_axes(self) -> tuple[str, ...]:
+        """Give the mesh axes over which a weight's gradient is summed, unless they split the weight itself."""
+        return self.axes_of("layers") + self.batch_axes()
+
+    def stream_axes(self) -> tuple[str, ...]:
+        """Give the mesh axes over which the residual stream differs."""
+        return tuple(dict.fromkeys(self.gradient_axes() + self.axes_of("residual_seq")))
+
+    # --- positions: who has which part of a sequence ---
+
+    def sequence_index(self, local: int, rank: jax.Array | int | None = None) -> jax.Array:
+        """Give the indices in the sequence of a rank's `local` tokens, int32 [t] (default: this device's).
+
+        For a ring two parts, one from the front and one from the back, so that causality leaves all ranks equal work.
+        """
+        ranks = self.size("sequence")
+        index_t = jnp.arange(local, dtype=jnp.int32)
+        if ranks == 1:
+            return index_t
+        rank = self.index("seq") if rank is None else rank
+        if self.config.context != "ring":
+            return rank * local + index_t
+        half = local // 2
+        return jnp.where(index_t < half, rank * half + index_t, (2 * ranks - 1 - rank) * half + index_t - half)
+
+    def sequence_order(self, length: int) -> np.ndarray:
+        """Give the order in which the host lays a sequence's tokens out, so that each rank gets its own."""
+        ranks = self.size("sequence")
+        if ranks == 1 or self.config.context != "ring":
+            return np.arange(length)
+        parts = np.arange(length).reshape(2 * ranks, -1)
+        return np.concatenate([np.concatenate([parts[r], parts[2 * ranks - 1 - r]]) for r in range(ranks)])
+
+    def residual_part(self, x_BT: jax.Array) -> jax.Array:
+        """Take the tokens [B, T] that this tensor rank's part of the residual stream holds."""
+        if not self.config.sequence_parallel:
+            return x_BT
+        size = x_BT.shape[1] // self.size("tensor")
+        return lax.dynamic_slice_in_dim(vary(x_BT, ("tensor",)), lax.axis_index("tensor") * size, size, 1)

@@ -1,10 +1,11 @@
 """THE table: which mesh axes does each logical axis lie on, and which sizes does that allow?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moejax.axes import BATCH_AXES, LOGICAL_AXES
 from moejax.config.mesh import MeshConfig
-from moejax.config.model import ModelConfig
+from moejax.config.model import AttentionConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def make_rules(mesh: MeshConfig) -> Rules:
         "expert_ffn": tensor,
         "vocab": tensor,
         "experts": ("expert",),
+        "layers": ("pipeline",),
     }
     return Rules(tuple((name, tuple(a for a in axes if getattr(mesh, a) > 1)) for name, axes in rows.items()))
 
@@ -68,7 +70,48 @@ def check_model(rules: Rules, mesh: MeshConfig, model: ModelConfig) -> None:
         sizes["ffn"] = ("ffn", model.ffn)
     if moe is not None:
         sizes |= {"expert_ffn": ("expert_ffn", moe.expert_ffn), "num_experts": ("experts", moe.num_experts)}
+        if moe.competitive and mesh.pipeline > 1:
+            raise ValueError(
+                f"moe.competitive splits the last layer from the others, and pipeline ({mesh.pipeline}) wants stages "
+                "alike: set pipeline = 1"
+            )
+    elif mesh.expert > 1:
+        raise ValueError(f"expert ({mesh.expert}) splits experts, and the model has none: give those devices to data")
     check_divisible(rules, mesh, sizes)
+    if mesh.sequence > 1:
+        check_context(rules, mesh, attention)
+
+
+def check_context(rules: Rules, mesh: MeshConfig, attention: AttentionConfig) -> None:
+    """Raise ValueError unless this attention can be split over positions."""
+    if attention.dropout:
+        raise ValueError(
+            f"attention.dropout ({attention.dropout}) has no split over positions: set it to 0, or sequence "
+            f"({mesh.sequence}) to 1"
+        )
+    local = attention.num_kv_heads
+    for axis in rules["kv_heads"]:
+        local //= getattr(mesh, axis)
+    if mesh.context == "all_to_all" and local % mesh.sequence:
+        raise ValueError(
+            f'context = "all_to_all" exchanges key/value heads: {local} on a tensor rank must divide by sequence '
+            f'({mesh.sequence}), or set context = "ring"'
+        )
+
+
+def check_layers(mesh: MeshConfig, runs: Sequence[tuple[Sequence[str], int]]) -> None:
+    """Raise ValueError unless a list of (period, repeats) makes equal stages; stages hold whole periods."""
+    if mesh.pipeline == 1:
+        return
+    if len(runs) != 1:
+        shown = " + ".join(f"{repeats} x ({', '.join(period)})" for period, repeats in runs)
+        raise ValueError(f"pipeline ({mesh.pipeline}) wants one period of layers repeated, not {shown}")
+    (period, repeats), stages = runs[0], mesh.pipeline * mesh.chunks
+    if repeats % stages:
+        raise ValueError(
+            f"num_layers ({repeats * len(period)}, periods of {len(period)}) must give each of pipeline "
+            f"({mesh.pipeline}) * chunks ({mesh.chunks}) stages as many periods: {repeats} does not divide by {stages}"
+        )
 
 
 def check_batch(rules: Rules, mesh: MeshConfig, global_batch: int, microbatches: int, seq_len: int) -> None:
@@ -78,3 +121,10 @@ def check_batch(rules: Rules, mesh: MeshConfig, global_batch: int, microbatches:
         "seq_len": ("residual_seq", seq_len),
     }
     check_divisible(rules, mesh, sizes)
+    if mesh.sequence > 1 and mesh.context == "ring" and seq_len % (2 * mesh.sequence):
+        raise ValueError(f"seq_len ({seq_len}) must divide by 2 * sequence ({mesh.sequence}): a zig-zag has two parts")
+    if mesh.schedule == "interleaved" and microbatches % mesh.pipeline:
+        raise ValueError(
+            f"microbatches ({microbatches}) must divide by pipeline ({mesh.pipeline}): an interleaved schedule goes "
+            "round in groups"
+        )

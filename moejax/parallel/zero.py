@@ -39,8 +39,15 @@ class Placement:
         """Give the spec of its reduced gradient and of its optimizer state."""
         return self._spec(plan, ndim, self.stage >= 1)
 
+    def stacked_over(self, plan: MeshPlan, ndim: int) -> tuple[str, ...]:
+        """Give the mesh axes that split the dim of stacked layers, the innermost before the weight's own dims."""
+        return plan.axes_of("layers") if ndim > len(self.axes) else ()
+
     def _spec(self, plan: MeshPlan, ndim: int, split: bool) -> PartitionSpec:
-        spec: list[Any] = [None] * (ndim - len(self.axes)) + list(plan.spec(*self.axes))
+        front: list[Any] = [None] * (ndim - len(self.axes))
+        if stacked := self.stacked_over(plan, ndim):
+            front[-1] = stacked
+        spec = front + list(plan.spec(*self.axes))
         if split and self.dim is not None:
             spec[self.dim] = self.over
         return PartitionSpec(*spec)
@@ -81,20 +88,20 @@ def all_but_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 def localize(plan: MeshPlan, params: Tree) -> Tree:
-    """Mark weights as varying over the batch axes: gradients then stay local until `reduce_gradients`."""
-    return jax.tree.map(lambda w: vary(w, plan.batch_axes()), params)
+    """Mark weights as varying: gradients then stay local until `reduce_gradients`."""
+    return jax.tree.map(lambda w: vary(w, plan.gradient_axes()), params)
 
 
 def reduce_gradients(plan: MeshPlan, grads: Tree, placements: Tree) -> Tree:
-    """Sum local gradients over the batch axes: all-reduce, or reduce-scatter where the optimizer state is split."""
+    """Sum local gradients over tokens and stages: all-reduce, or reduce-scatter where the optimizer state is split."""
 
     def reduce(g: jax.Array, p: Placement) -> jax.Array:
-        done = plan.axes_of(*p.axes)
+        done = plan.axes_of(*p.axes) + p.stacked_over(plan, g.ndim)
         if p.dim is not None:
             done += p.over
             if p.stage < 3:
                 g = lax.psum_scatter(g, p.over, scatter_dimension=g.ndim + p.dim, tiled=True)
-        rest = tuple(a for a in plan.batch_axes() if a not in done)
+        rest = tuple(a for a in plan.gradient_axes() if a not in done)
         return lax.psum(g, rest) if rest else g
 
     return jax.tree.map(reduce, grads, placements)
@@ -106,7 +113,7 @@ def gradient_buffers(plan: MeshPlan, params: Tree, placements: Tree, dtype: str,
     def zeros(w: jax.Array, p: Placement) -> jax.Array:
         shape, axes = list(w.shape), varying_axes(w)
         if reduced:
-            axes = frozenset(plan.axes_of(*p.axes)) | frozenset(p.over)
+            axes = frozenset(plan.axes_of(*p.axes) + p.over + p.stacked_over(plan, w.ndim))
             if p.dim is not None:
                 shape[p.dim] //= math.prod(plan.size(a) for a in p.over)
         return vary(jnp.zeros(shape, jnp.promote_types(w.dtype, dtype)), sorted(axes))

@@ -98,7 +98,7 @@ def last_logits(model: Decoder, output: Any) -> Array:
 def _context(index_BT: Array, pad_B: Array, segments_BT: Array) -> Context:
     batch = index_BT.shape[0]
     rows_B = jnp.arange(batch, dtype=jnp.uint32)
-    return Context(jnp.maximum(index_BT - pad_B[:, None], 0), index_BT, segments_BT, rows_B)
+    return Context(jnp.maximum(index_BT - pad_B[:, None], 0), index_BT, segments_BT, rows_B, index_BT.shape[1])
 
 
 class CachedReader:

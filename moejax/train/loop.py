@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,8 +25,8 @@ from moejax.parallel.rules import check_batch
 from moejax.train import optimizer as optimizers
 from moejax.train.checkpoint import Checkpoints, check_same_model
 from moejax.train.metrics import MetricsWriter, device_memory, step_record
-from moejax.train.state import TrainState, abstract_state, init_state
-from moejax.train.step import Batch, batch_specs, make_eval_step, make_train_step
+from moejax.train.state import TrainState, abstract_state, init_state, state_specs
+from moejax.train.step import make_eval_step, make_train_step, place_batch
 
 Stats = dict[str, float]
 
@@ -104,7 +104,8 @@ class Trainer:
                 f"the tokenizer {self.config.data.tokenizer} is another than when this run began (another version of "
                 f"the tokenizers library learns other merges): install that version, or start another --out"
             )
-        return self.checkpoints.restore(step, abstract_state(self.parts, self.optimizer))
+        state = self.checkpoints.restore(step, abstract_state(self.parts, self.optimizer))
+        return self._reordered(state, self.parts.stored)
 
     def fit(self) -> Result:
         """Train to the configured step, or until a signal; save at the end either way."""
@@ -125,7 +126,7 @@ class Trainer:
             batches = stack.enter_context(contextlib.closing(self.source.batches(first, self.config.data.prefetch)))
             stop, clock, queued = stack.enter_context(Stop()), Clock(first), deque()
             while step < train.steps and not stop.asked:
-                state, metrics = self.train_step(state, self._place(next(batches)))
+                state, metrics = self.train_step(state, place_batch(self.plan, next(batches)))
                 step += 1
                 queued.append(metrics["loss"])
                 if step == first + 1 or len(queued) > MAX_QUEUED:
@@ -155,7 +156,7 @@ class Trainer:
         rows = max(self.plan.degree("batch"), self.config.train.global_batch // self.config.train.microbatches)
         source = BatchSource(self.data.val, rows)
         sums: list[dict[str, jax.Array]] = [
-            self.eval_step(state.params, state.buffers, self._place(batch))
+            self.eval_step(state.params, state.buffers, place_batch(self.plan, batch))
             for batch in source.eval_batches(self.config.train.eval_batches)
         ]
         total = jax.tree.map(lambda *values: float(np.sum(values)), *jax.device_get(sums))
@@ -207,15 +208,15 @@ class Trainer:
         }
 
     def _save(self, step: int, state: TrainState, validation: Stats) -> None:
+        state = self._reordered(state, self.parts.canonical)
         self.checkpoints.save(step, state, self.describe_state(), validation.get("val_loss"))
 
-    def _place(self, batch: dict[str, np.ndarray]) -> Batch:
-        """Put a global batch [Y, B, T] on the devices; each process hands over the rows of its own."""
-        specs = batch_specs(self.plan)
-        return {
-            key: jax.make_array_from_callback(value.shape, self.plan.place(specs[key]), value.__getitem__)
-            for key, value in batch.items()
-        }
+    def _reordered(self, state: TrainState, order: Callable[[TrainState], TrainState]) -> TrainState:
+        """Bring stacked layers into another order, where an interleaved pipeline has one of its own."""
+        if self.plan.config.chunks == 1:
+            return state
+        places = jax.tree.map(self.plan.place, state_specs(self.parts, self.optimizer))
+        return jax.jit(order, out_shardings=places)(state)
 
 
 class Clock:

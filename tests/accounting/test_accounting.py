@@ -70,7 +70,7 @@ def test_flops_are_those_of_the_program_s_matmuls(name):
 
     def forward(params, buffers, ids, segments):
         model = parts.merge(params, buffers)
-        output = model(ids, Context.of(segments))
+        output = model(ids, Context.of(parts.plan, segments))
         return model.head(output.hidden, model.embedding)
 
     arrays = (jax.numpy.asarray(batch[key][0]) for key in ("inputs", "segments"))

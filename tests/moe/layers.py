@@ -52,7 +52,7 @@ def tokens(seed: int = 0, batch: int = B, length: int = T, dim: int = D) -> jax.
 def context(segments=None, seed: int | None = None, batch: int = B, length: int = T) -> Context:
     """Give the context of whole sequences; with a seed, of training."""
     segments = jnp.ones((batch, length), jnp.int32) if segments is None else jnp.asarray(segments, jnp.int32)
-    return Context.of(segments, key=None if seed is None else jnp.array([7, seed], jnp.uint32))
+    return Context.of(MeshPlan.single(), segments, key=None if seed is None else jnp.array([7, seed], jnp.uint32))
 
 
 def padded() -> np.ndarray:

@@ -64,7 +64,7 @@ def test_a_language_model_s_loss_mixes_the_experts_probabilities():
     @jax.jit
     def run(params):
         model = parts.merge(params, {})
-        output = model(batch["inputs"], Context.of(batch["segments"], batch["positions"]))
+        output = model(batch["inputs"], Context.of(MeshPlan.single(), batch["segments"], batch["positions"]))
         every = model.head(output.hidden, model.embedding)
         return output.log_gate_EBT, every, model.logits(output), token_losses(model, output, batch["targets"])
 

@@ -1,0 +1,149 @@
+"""How do queries meet keys that lie on other devices? Keys go round a ring, or heads are exchanged for positions.
+
+Ring attention (arXiv 2310.01889) with a zig-zag order (arXiv 2311.09431): rank r holds the parts r and 2n-1-r of 2n, so
+that under causality every rank scores half a square in every step. The backward goes round as well: plain autodiff
+would keep every rotated key.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moejax.compat import vary, vary_like
+from moejax.ops.attention import attend, attend_bwd, attention, merge, visible
+from moejax.parallel.plan import MeshPlan
+
+AXIS = "sequence"
+
+
+def context_attention(
+    plan: MeshPlan,
+    q_BtNH: Float[Array, "B t N H"],
+    k_BtKH: Float[Array, "B t K H"],
+    v_BtKH: Float[Array, "B t K H"],
+    segments_Bt: Int[Array, "B t"],
+    window: int | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B t N H"]:
+    """Attend causally within segments, each device holding `plan.sequence_index` of every sequence."""
+    if plan.config.context == "ring":
+        return ring_attention(plan, q_BtNH, k_BtKH, v_BtKH, segments_Bt, window)
+    return all_to_all_attention(plan, q_BtNH, k_BtKH, v_BtKH, segments_Bt, window, implementation)
+
+
+def all_to_all_attention(
+    plan: MeshPlan, q_BtNH: Array, k_BtKH: Array, v_BtKH: Array, segments_Bt: Array, window: int | None, way: str
+) -> Float[Array, "B t N H"]:
+    """Give each device whole sequences of a part of the heads, attend, and change back (arXiv 2309.14509)."""
+
+    def whole(x_BtNH: Array) -> Array:
+        return lax.all_to_all(vary(x_BtNH, (AXIS,)), AXIS, 2, 1, tiled=True)
+
+    q_BTnH, k_BTkH, v_BTkH = map(whole, (q_BtNH, k_BtKH, v_BtKH))
+    segments_BT = lax.all_gather(vary(segments_Bt, (AXIS,)), AXIS, axis=1, tiled=True)
+    index_BT = jnp.broadcast_to(jnp.arange(q_BTnH.shape[1], dtype=jnp.int32), segments_BT.shape)
+    seen_BTS = visible(index_BT, index_BT, segments_BT, segments_BT, window)
+    o_BTnH = attention(q_BTnH, k_BTkH, v_BTkH, seen_BTS, None, way)
+    return lax.all_to_all(o_BTnH, AXIS, 1, 2, tiled=True)
+
+
+def ring_attention(
+    plan: MeshPlan, q_BtNH: Array, k_BtKH: Array, v_BtKH: Array, segments_Bt: Array, window: int | None = None
+) -> Float[Array, "B t N H"]:
+    """Attend to every rank's keys as they come by, merging the partial results."""
+    arrays = (q_BtNH, k_BtKH, v_BtKH, segments_Bt)
+    return _ring(plan, window, *(vary(vary_like(x, *arrays), (AXIS,)) for x in arrays))
+
+
+def _shift(plan: MeshPlan, *arrays: Array) -> list[Array]:
+    """Send arrays to the next rank of the ring."""
+    ranks = plan.size(AXIS)
+    return [lax.ppermute(x, AXIS, [(r, (r + 1) % ranks) for r in range(ranks)]) for x in arrays]
+
+
+def _meet(
+    plan: MeshPlan, window: int | None, segments_Bt: Array, k_segments_Bs: Array, source: Array, part: Callable[..., Any]
+) -> Any:
+    """Run `part(queries, keys, visible)` on the slices that causality leaves, when rank `source`'s keys are here.
+
+    Keys from a lower rank: only their front half can be seen, by all queries; from a higher one: only by the back half
+    of the queries; from this rank: the square's own lower triangle.
+    """
+    rank, local = plan.index("seq"), segments_Bt.shape[1]
+    half = local // 2
+    q_index_t, k_index_s = plan.sequence_index(local), plan.sequence_index(local, source)
+
+    def run(queries: slice, keys: slice) -> Any:
+        q_index_Bt = jnp.broadcast_to(q_index_t[queries], segments_Bt[:, queries].shape)
+        k_index_Bs = jnp.broadcast_to(k_index_s[keys], k_segments_Bs[:, keys].shape)
+        seen = visible(q_index_Bt, k_index_Bs, segments_Bt[:, queries], k_segments_Bs[:, keys], window)
+        return part(queries, keys, seen)
+
+    every, front, back = slice(0, local), slice(0, half), slice(half, local)
+    return lax.cond(source < rank, lambda: run(every, front), lambda: run(back, every))
+
+
+def _own(plan: MeshPlan, window: int | None, segments_Bt: Array) -> Array:
+    index_Bt = jnp.broadcast_to(plan.sequence_index(segments_Bt.shape[1]), segments_Bt.shape)
+    return visible(index_Bt, index_Bt, segments_Bt, segments_Bt, window)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(plan: MeshPlan, window: int | None, q: Array, k: Array, v: Array, segments: Array) -> Array:
+    return _ring_fwd(plan, window, q, k, v, segments)[0]
+
+
+def _ring_fwd(
+    plan: MeshPlan, window: int | None, q: Array, k: Array, v: Array, segments: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    ranks, rank = plan.size(AXIS), plan.index("seq")
+
+    def step(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
+        k_i, v_i, segments_i = _shift(plan, *carry[:3])
+        done = carry[3:]
+
+        def part(queries: slice, keys: slice, seen: Array) -> tuple[Array, Array]:
+            new = merge(
+                (done[0][:, queries], done[1][:, queries]), attend(q[:, queries], k_i[:, keys], v_i[:, keys], seen)
+            )
+            return tuple(lax.dynamic_update_slice_in_dim(x, y, queries.start, 1) for x, y in zip(done, new, strict=True))  # type: ignore[return-value]
+
+        source = (rank - i) % ranks
+        return (k_i, v_i, segments_i, *_meet(plan, window, segments, segments_i, source, part)), None
+
+    start = (k, v, segments, *attend(q, k, v, _own(plan, window, segments)))
+    (_, _, _, o, lse), _ = lax.scan(step, start, jnp.arange(1, ranks))
+    return o.astype(q.dtype), (q, k, v, segments, o, lse)
+
+
+def _ring_bwd(plan: MeshPlan, window: int | None, saved: tuple[Array, ...], do: Array) -> tuple[Any, ...]:
+    """Let keys and their gradients go round together; after the last step the gradients have one step to go home."""
+    q, k, v, segments, o, lse = saved
+    ranks, rank = plan.size(AXIS), plan.index("seq")
+    delta = (do.astype(o.dtype) * o).sum(-1)
+
+    def step(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
+        k_i, v_i, segments_i, dk, dv = _shift(plan, *carry[:5])
+        dq = carry[5]
+
+        def part(queries: slice, keys: slice, seen: Array) -> tuple[Array, Array, Array]:
+            new = attend_bwd(
+                q[:, queries], k_i[:, keys], v_i[:, keys], seen, lse[:, queries], do[:, queries], delta[:, queries]
+            )
+            return dk.at[:, keys].add(new[1]), dv.at[:, keys].add(new[2]), dq.at[:, queries].add(new[0])
+
+        source = (rank - i) % ranks
+        return (k_i, v_i, segments_i, *_meet(plan, window, segments, segments_i, source, part)), None
+
+    dq, dk, dv = attend_bwd(q, k, v, _own(plan, window, segments), lse, do, delta)
+    (_, _, _, dk, dv, dq), _ = lax.scan(step, (k, v, segments, dk, dv, dq), jnp.arange(1, ranks))
+    dk, dv = _shift(plan, dk, dv)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_ring.defvjp(_ring_fwd, _ring_bwd)

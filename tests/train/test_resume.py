@@ -12,6 +12,14 @@ from tests.conftest import assert_close
 from tests.train.conftest import SPARSE, Acting, assert_same_bits, losses, saved_state, small_argv
 
 
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Hear Ctrl-C even where the shell started us in the background and had us ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("model", "mesh", "number"), [(*SPARSE, signal.SIGTERM), ("dense_tiny", "single", signal.SIGINT)]
 )

@@ -14,21 +14,16 @@ Imports no jax: `--fake-devices` must be heard before jax starts.
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import io
-import os
 import re
-import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from pydantic import ValidationError
-
+from experiments.process import run, setup_jax, use_cpu
 from experiments.run_dir import prepare_out
 from moejax.config import load
 from moejax.config.load import ConfigError
@@ -37,7 +32,6 @@ from moejax.config.run import RunConfig
 __all__ = ["CONFIGS", "SMOKE", "Arguments", "Parser", "parse", "prepare_out", "run", "setup_jax", "use_cpu"]
 
 CONFIGS: Final = Path(__file__).parent / "configs"
-OUR_CODE: Final = tuple(str(Path(__file__).parents[1] / package) for package in ("moejax", "experiments"))
 
 SMOKE_MODEL: Final = "mixtral_tiny"
 SMOKE: Final[Mapping[str, Any]] = {
@@ -156,83 +150,6 @@ def split_dotted(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     return dotted, rest
 
 
-def use_cpu(num_devices: int | None = None) -> None:
-    """Make jax run on the CPU, cut into `num_devices` if given; call before jax first touches a device."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if num_devices is not None:
-        if num_devices < 1:
-            raise ConfigError(f"--fake-devices ({num_devices}) must be at least 1")
-        count = "--xla_force_host_platform_device_count"
-        kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(count)]
-        os.environ["XLA_FLAGS"] = " ".join([*kept, f"{count}={num_devices}"])
-    if (jax := sys.modules.get("jax")) is not None:  # imported already: it read the environment then
-        jax.config.update("jax_platforms", "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Let malloc keep what is freed instead of giving it back to the system.
-
-    XLA:CPU takes every large buffer from malloc; fresh pages each step made memory-bound loops 4 to 6 times slower.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another C library has no mallopt
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        for parameter in (trim_threshold, mmap_threshold):
-            ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
-
-
-def setup_jax() -> None:
-    """Set the process up: malloc, and compiled programs kept in $MOEJAX_CACHE or ~/.cache/moejax/xla."""
-    import jax
-
-    keep_freed_memory()
-    cache = Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax" / "xla")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # a read-only home costs time, not correctness
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Call an experiment's main and give its exit code: what a user did wrong is one line, and 2.
-
-    Mistakes of programmers keep their traceback; MOEJAX_DEBUG=1 shows every traceback.
-    """
-    try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        if os.environ.get("MOEJAX_DEBUG") == "1" or (message := user_message(error)) is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-
-
-def user_message(error: Exception) -> str | None:
-    """Give the line that a user should read, or None for what a programmer broke.
-
-    A ValueError is the user's if our own code raised it on purpose, and a programmer's if it came out of a library.
-    """
-    if "RESOURCE_EXHAUSTED" in str(error):
-        return f"out of device memory; lower train.global_batch, or raise train.microbatches: {_first_line(error)}"
-    if isinstance(error, (OSError, FloatingPointError)):
-        return str(error)
-    if isinstance(error, ValidationError):
-        return load.explain(error)
-    if isinstance(error, ValueError):
-        *_, innermost = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, ConfigError) or innermost.filename.startswith(OUR_CODE):
-            return str(error)
-    return None
-
-
 def _shared_parser(name: str, doc: str | None) -> Parser:
     parser = Parser(name, doc, add_help=False)  # its help waits for the model file, whose values it shows
     parser.add_argument("-h", "--help", action="store_true", help="show this, with the chosen model's defaults")
@@ -300,7 +217,3 @@ def _nearest_option(word: str, parser: argparse.ArgumentParser) -> str:
     options |= {f"--{key.rpartition('.')[2]}": f"--{key}" for key in load.option_hints(RunConfig)}
     near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), options, n=1)
     return f": did you mean {options[near[0]].replace('_', '-')}?" if near else ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -4,6 +4,7 @@ OUT gets config.toml, metrics.jsonl, tokenizer.json, checkpoints/, loss.png, rou
 Ctrl-C and SIGTERM save first; `--resume` goes on from the newest checkpoint, on this mesh or another.
 """
 
+import functools
 import json
 import shlex
 import sys
@@ -14,6 +15,7 @@ from experiments import cli
 from moejax.config.run import RunConfig
 
 if TYPE_CHECKING:
+    from moejax.data import Data
     from moejax.train.loop import Result
 
 
@@ -21,28 +23,47 @@ def main(argv: list[str]) -> int:
     """Run the experiment."""
     arguments = cli.parse(argv, name="train", doc=__doc__)
     cli.setup_jax()
-    from moejax.data import prepare
     from moejax.models import ModelParts
+    from moejax.parallel import launch
     from moejax.parallel.plan import MeshPlan
     from moejax.train.loop import Trainer
 
-    config, out = arguments.config, arguments.out
+    config = arguments.config
     plan = MeshPlan.from_config(config.mesh)
     parts = ModelParts.of(config.model, plan)
-    data = prepare(config.data, config.model.vocab, config.train.seq_len, config.train.seed)
+    out = Path(launch.from_first("out", lambda: str(arguments.out)))
+    if out != arguments.out:
+        arguments.out.rmdir()  # a fresh one, of --smoke without --out: process 0 has another
+    data = prepare_data(config)
     trainer = Trainer(config, plan, parts, data, out)  # refuses what does not fit, before anything is written
-    resuming = cli.prepare_out(out, config, arguments.resume)
-    print(describe(config, parts))
-    print(data.describe(), flush=True)
+    resuming = launch.from_first("resuming", lambda: cli.prepare_out(out, config, arguments.resume))
+    launch.say(f"{describe(config, parts)}\n{data.describe()}")
     if resuming and trainer.checkpoints.latest() is None:
-        print(f"{out} holds no complete checkpoint yet: starting at step 0", flush=True)
+        launch.say(f"{out} holds no complete checkpoint yet: starting at step 0")
     result = trainer.fit()
     baselines = {
         "byte unigram": data.val_text_stats.unigram_entropy,
         "bz2 -9": data.val_text_stats.bz2_bits_per_byte,
     }
-    finish(out, result, config.train.steps, baselines)
+    if launch.is_first():
+        finish(out, result, config.train.steps, baselines)
     return 0
+
+
+def prepare_data(config: RunConfig) -> "Data":
+    """Prepare the corpus, process 0 first: others find it in the cache, and raise ValueError where theirs differs."""
+    from moejax.data import prepare
+    from moejax.parallel import launch
+
+    build = functools.cache(lambda: prepare(config.data, config.model.vocab, config.train.seq_len, config.train.seed))
+    first = launch.from_first("data", lambda: [build().fingerprint, build().tokenizer.hash()])
+    if (own := [build().fingerprint, build().tokenizer.hash()]) != first:
+        raise ValueError(
+            f"data.source ({config.data.source}) or its tokenizer is another here (sha256 {own[0][:12]}, "
+            f"{own[1][:12]}) than on process 0 ({first[0][:12]}, {first[1][:12]}): give all processes the same files, "
+            "Python and packages"
+        )
+    return build()
 
 
 def finish(out: Path, result: "Result", steps: int, baselines: dict[str, float]) -> None:
@@ -58,8 +79,7 @@ def finish(out: Path, result: "Result", steps: int, baselines: dict[str, float])
         print(f"{out} is at step {result.step} of {steps} already; go on with")
         print(f"  {resume} --train.steps {2 * result.step}")
         return
-    if jax.process_index() == 0:
-        draw(out, baselines)
+    draw(out, baselines)
     if result.stopped_early:
         print(f"stopped at step {result.step} of {steps}, saved; go on with\n  {resume}")
         return

@@ -53,7 +53,7 @@ MUST_NOT_NAME = {
 }
 """Our own names that lie on a lower floor and must stay unknown all the same."""
 
-SHARED_BY_EXPERIMENTS = {"experiments.cli", "experiments.run_dir"}
+SHARED_BY_EXPERIMENTS = {"experiments.cli", "experiments.process", "experiments.run_dir"}
 
 SOURCES = sorted(
     p for top in ("moejax", "pallas_kernels", "experiments", "scripts") for p in (ROOT / top).rglob("*.py")

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,13 +20,15 @@ from moejax.accounting.model_cost import model_cost
 from moejax.config.run import RunConfig
 from moejax.data import BatchSource, Data
 from moejax.models import ModelParts
+from moejax.parallel.launch import AnyProcess, is_first
 from moejax.parallel.plan import MeshPlan
 from moejax.parallel.rules import check_batch
 from moejax.train import optimizer as optimizers
 from moejax.train.checkpoint import Checkpoints, check_same_model
-from moejax.train.metrics import MetricsWriter, device_memory, step_record
+from moejax.train.gradient import Batch
+from moejax.train.metrics import MetricsWriter, Mute, device_memory, open_writer, step_record
 from moejax.train.state import TrainState, abstract_state, init_state, state_specs
-from moejax.train.step import make_eval_step, make_train_step, place_batch
+from moejax.train.step import local_rows, make_eval_step, make_train_step, place_batch
 
 Stats = dict[str, float]
 
@@ -46,11 +48,30 @@ class Result:
 
 
 class Stop:
-    """Turns SIGTERM and SIGINT into a flag, so that the step that is running ends and is saved."""
+    """Turns SIGTERM and SIGINT into a flag, so that the step that is running ends and is saved.
 
-    def __init__(self) -> None:
+    Many processes must end after the same step: each step carries the question to all of them whether one was told to
+    stop, and the answer is read when that step is done, MAX_QUEUED steps later.
+    """
+
+    def __init__(self, plan: MeshPlan) -> None:
         self.asked = ""
-        """the signal's name, once there was one"""
+        """the signal's name, once this process got one"""
+        self._any = AnyProcess(plan) if jax.process_count() > 1 else None
+        self._answer = False
+
+    @property
+    def agreed(self) -> bool:
+        """Say whether to stop now: the same on all processes."""
+        return bool(self.asked) if self._any is None else self._answer
+
+    def ask(self) -> jax.Array | None:
+        """Begin to ask the other processes; None where there are none."""
+        return None if self._any is None else self._any(bool(self.asked))
+
+    def hear(self, answer: jax.Array | None) -> None:
+        """Take an answer that all processes got."""
+        self._answer = answer is not None and bool(answer)
 
     def __enter__(self) -> "Stop":
         """Listen; a second signal of the same kind then acts as it always does."""
@@ -117,20 +138,17 @@ class Trainer:
             step = first = int(state.step)
             if first >= train.steps:
                 return Result(first, False, validation)
-            self.data.tokenizer.save(self.out / "tokenizer.json")
-            writer = stack.enter_context(
-                contextlib.closing(MetricsWriter(self.out, first, train.steps, train.tensorboard))
-            )
-            if first:
-                writer.say(f"resumed from step {first}")
-            batches = stack.enter_context(contextlib.closing(self.source.batches(first, self.config.data.prefetch)))
-            stop, clock, queued = stack.enter_context(Stop()), Clock(first), deque()
-            while step < train.steps and not stop.asked:
-                state, metrics = self.train_step(state, place_batch(self.plan, next(batches)))
+            writer = stack.enter_context(contextlib.closing(self._begin(first)))
+            batches = stack.enter_context(contextlib.closing(self._batches(first)))
+            stop, clock, queued = stack.enter_context(Stop(self.plan)), Clock(first), deque()
+            while step < train.steps and not stop.agreed:
+                state, metrics = self.train_step(state, next(batches))
                 step += 1
-                queued.append(metrics["loss"])
+                queued.append((metrics["loss"], stop.ask()))
                 if step == first + 1 or len(queued) > MAX_QUEUED:
-                    jax.block_until_ready(queued.popleft())
+                    loss, answer = queued.popleft()
+                    jax.block_until_ready(loss)
+                    stop.hear(answer)
                 if step == first + 1:
                     writer.say(f"first step done {time.perf_counter() - began:.1f} s after start, compilation included")
                     clock = Clock(step)
@@ -145,19 +163,37 @@ class Trainer:
                     with clock.paused(state):
                         self._save(step, state, validation if due else {})
             if step < train.steps:
-                writer.say(f"{stop.asked}: saving step {step} (once more: stop at once)")
+                signaled = stop.asked or "a signal to another process"
+                writer.say(f"{signaled}: saving step {step} (once more: stop at once)")
                 if step != self.checkpoints.latest():
                     self._save(step, state, {})
             self.checkpoints.wait()
         return Result(step, step < train.steps, validation)
 
+    def _begin(self, first: int) -> MetricsWriter | Mute:
+        """Write what a run has from its first step on, and open its log."""
+        if is_first():
+            self.data.tokenizer.save(self.out / "tokenizer.json")
+        writer = open_writer(self.out, first, self.config.train.steps, self.config.train.tensorboard)
+        if first:
+            writer.say(f"resumed from step {first}")
+        return writer
+
+    def _batches(self, first: int) -> Generator[Batch, None, None]:
+        """Give the batches from step `first` on, on the devices; each process builds the rows of its own."""
+        rows = self.config.train.global_batch // self.config.train.microbatches
+        part = local_rows(self.plan, rows)
+        with contextlib.closing(self.source.batches(first, self.config.data.prefetch, part)) as batches:
+            for batch in batches:
+                yield place_batch(self.plan, batch, rows, part.start)
+
     def evaluate(self, state: TrainState) -> Stats:
         """Give loss and bits per byte on the held-out text; inference rules: no dropout, no capacity."""
         rows = max(self.plan.degree("batch"), self.config.train.global_batch // self.config.train.microbatches)
-        source = BatchSource(self.data.val, rows)
+        source, part = BatchSource(self.data.val, rows), local_rows(self.plan, rows)
         sums: list[dict[str, jax.Array]] = [
-            self.eval_step(state.params, state.buffers, place_batch(self.plan, batch))
-            for batch in source.eval_batches(self.config.train.eval_batches)
+            self.eval_step(state.params, state.buffers, place_batch(self.plan, batch, rows, part.start))
+            for batch in source.eval_batches(self.config.train.eval_batches, part)
         ]
         total = jax.tree.map(lambda *values: float(np.sum(values)), *jax.device_get(sums))
         nats = total["nats"]
@@ -166,12 +202,12 @@ class Trainer:
             "val_bits_per_byte": nats / math.log(2) / max(total["bytes"], 1),
         }
 
-    def _validate(self, writer: MetricsWriter, step: int, state: TrainState) -> Stats:
+    def _validate(self, writer: MetricsWriter | Mute, step: int, state: TrainState) -> Stats:
         stats = self.evaluate(state)
         writer.write({"step": step} | stats)
         return stats
 
-    def _log(self, writer: MetricsWriter, step: int, metrics: dict[str, Any], clock: "Clock") -> None:
+    def _log(self, writer: MetricsWriter | Mute, step: int, metrics: dict[str, Any], clock: "Clock") -> None:
         """Fetch one step's metrics (the loop's only wait for the device) and write them."""
         fetched = jax.device_get(metrics)
         self.checkpoints.check()
@@ -233,7 +269,7 @@ class Clock:
         return seconds, steps
 
     @contextlib.contextmanager
-    def paused(self, state: TrainState) -> Iterator[None]:
+    def paused(self, state: TrainState) -> Generator[None, None, None]:
         """Leave a block's time out, but not that of the steps which still run when it begins."""
         jax.block_until_ready(state)
         began = time.perf_counter()

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moejax.moe.stats import imbalance
+from moejax.parallel import launch
 
 
 class MetricsWriter:
@@ -64,6 +65,27 @@ class MetricsWriter:
             self._bar.close()
         if self._board is not None:
             self._board.close()
+
+
+class Mute:
+    """Stands where process 0 has its MetricsWriter, and writes nothing."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Drop a record."""
+
+    def advance(self, step: int) -> None:
+        """Have no bar to move."""
+
+    def say(self, text: str) -> None:
+        """Print nothing."""
+
+    def close(self) -> None:
+        """Have nothing open."""
+
+
+def open_writer(out: Path, start: int, steps: int, tensorboard: bool) -> MetricsWriter | Mute:
+    """Give process 0 the run's writer, and others a mute one."""
+    return MetricsWriter(out, start, steps, tensorboard) if launch.is_first() else Mute()
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

@@ -33,14 +33,33 @@ def batch_specs(plan: MeshPlan) -> dict[str, PartitionSpec]:
     return {key: plan.spec(None, "batch", "seq") for key in BATCH_KEYS}
 
 
-def place_batch(plan: MeshPlan, batch: dict[str, np.ndarray]) -> Batch:
-    """Put a global batch [Y, B, T] on the devices, each sequence in the mesh's order; a process gives its own rows."""
+def local_rows(plan: MeshPlan, rows: int) -> slice:
+    """Give the part of a microbatch's `rows` that holds all that this process's devices need."""
+    places = plan.sharding("batch").addressable_devices_indices_map((rows,)).values()
+    bounds = [place[0].indices(rows) for place in places if place is not None]
+    return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def place_batch(plan: MeshPlan, batch: dict[str, np.ndarray], rows: int | None = None, first: int = 0) -> Batch:
+    """Put a batch [Y, B, T] on the devices, each sequence in the mesh's order.
+
+    One of many processes may have only a part: of a microbatch's `rows` (default: those of the batch) those from
+    `first` on, which must hold `local_rows`.
+    """
     specs, order = batch_specs(plan), plan.sequence_order(batch["inputs"].shape[-1])
-    ordered = {key: value[..., order] if plan.size("sequence") > 1 else value for key, value in batch.items()}
-    return {
-        key: jax.make_array_from_callback(value.shape, plan.place(specs[key]), value.__getitem__)
-        for key, value in ordered.items()
-    }
+    num_rows = batch["inputs"].shape[1] if rows is None else rows
+
+    def place(value: np.ndarray, spec: PartitionSpec) -> Array:
+        value = value[..., order] if plan.size("sequence") > 1 else value
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[1].indices(num_rows)
+            return value[index[0], start - first : stop - first, index[2]]
+
+        shape = (value.shape[0], num_rows, value.shape[2])
+        return jax.make_array_from_callback(shape, plan.place(spec), part)
+
+    return {key: place(value, specs[key]) for key, value in batch.items()}
 
 
 def make_train_step(parts: ModelParts, optimizer: optax.GradientTransformation, config: RunConfig) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import experiments
 
 ROOT = Path(__file__).parents[2]
-HELPERS = ("__init__", "cli", "run_dir")
+HELPERS = ("__init__", "cli", "process", "run_dir")
 NAMES = sorted(path.stem for path in Path(experiments.__file__).parent.glob("*.py") if path.stem not in HELPERS)
 
 

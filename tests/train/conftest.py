@@ -109,9 +109,9 @@ class Acting:
     def __post_init__(self) -> None:
         self.source, self.trainer.source = self.trainer.source, self  # type: ignore[assignment]
 
-    def batches(self, start: int, prefetch: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start: int, prefetch: int, part: slice) -> Iterator[dict[str, np.ndarray]]:
         """Give the batches from step `start` on."""
-        with contextlib.closing(self.source.batches(start, prefetch)) as batches:  # type: ignore[type-var]
+        with contextlib.closing(self.source.batches(start, prefetch, part)) as batches:  # type: ignore[type-var]
             for step, batch in enumerate(batches, start):
                 if step in self.steps:
                     self.act(batch)

@@ -14,6 +14,7 @@ from jax._src.array import ArrayImpl
 from experiments import cli, train
 from moejax.train import loop
 from moejax.train.metrics import read_metrics
+from moejax.train.step import place_batch
 from tests.train.conftest import SPARSE, Acting, assert_same_bits, saved_state, small_argv
 
 
@@ -66,7 +67,7 @@ def test_few_steps_are_queued_on_the_devices(small_config, trainer, tmp_path: Pa
 def test_the_state_is_donated(small_config, trainer, tmp_path: Path):
     one = trainer(small_config(), tmp_path)
     state = one.start()
-    new, _ = one.train_step(state, one._place(one.source.batch(0)))
+    new, _ = one.train_step(state, place_batch(one.plan, one.source.batch(0)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 

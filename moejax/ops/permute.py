@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moejax.compat import vary_like
 
@@ -83,12 +83,12 @@ def _rows_of_tokens(x_MD: Array, order: Order, num_active: int) -> Float[Array, 
 
 
 def move_rows(
-    x_RD: Float[Array, "R D"],
+    x_RD: Shaped[Array, "R D"],
     take_X: Int[Array, "X"],
     taken_X: Bool[Array, "X"],
     back_R: Int[Array, "R"],
     kept_R: Bool[Array, "R"],
-) -> Float[Array, "X D"]:
+) -> Shaped[Array, "X D"]:
     """Copy row take[i] to place i, zeros where it is not taken; (back, kept) is the same map seen from the rows.
 
     The gradient is the way back: a gather, where a plain gather's is a scatter. The caller vouches for the inverse.

@@ -67,7 +67,12 @@ def _shift(plan: MeshPlan, *arrays: Array) -> list[Array]:
 
 
 def _meet(
-    plan: MeshPlan, window: int | None, segments_Bt: Array, k_segments_Bs: Array, source: Array, part: Callable[..., Any]
+    plan: MeshPlan,
+    window: int | None,
+    segments_Bt: Array,
+    k_segments_Bs: Array,
+    source: Array,
+    part: Callable[..., Any],
 ) -> Any:
     """Run `part(queries, keys, visible)` on the slices that causality leaves, when rank `source`'s keys are here.
 
@@ -93,6 +98,11 @@ def _own(plan: MeshPlan, window: int | None, segments_Bt: Array) -> Array:
     return visible(index_Bt, index_Bt, segments_Bt, segments_Bt, window)
 
 
+def _add(x_BtNH: Array, part: Array, where: slice) -> Array:
+    # x.at[:, where].add(part) is a scatter, and one in this loop crashes XLA:CPU's compiler (jaxlib 0.11.2).
+    return lax.dynamic_update_slice_in_dim(x_BtNH, x_BtNH[:, where] + part, where.start, 1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ring(plan: MeshPlan, window: int | None, q: Array, k: Array, v: Array, segments: Array) -> Array:
     return _ring_fwd(plan, window, q, k, v, segments)[0]
@@ -111,7 +121,9 @@ def _ring_fwd(
             new = merge(
                 (done[0][:, queries], done[1][:, queries]), attend(q[:, queries], k_i[:, keys], v_i[:, keys], seen)
             )
-            return tuple(lax.dynamic_update_slice_in_dim(x, y, queries.start, 1) for x, y in zip(done, new, strict=True))  # type: ignore[return-value]
+            return tuple(
+                lax.dynamic_update_slice_in_dim(x, y, queries.start, 1) for x, y in zip(done, new, strict=True)
+            )  # type: ignore[return-value]
 
         source = (rank - i) % ranks
         return (k_i, v_i, segments_i, *_meet(plan, window, segments, segments_i, source, part)), None
@@ -135,7 +147,7 @@ def _ring_bwd(plan: MeshPlan, window: int | None, saved: tuple[Array, ...], do: 
             new = attend_bwd(
                 q[:, queries], k_i[:, keys], v_i[:, keys], seen, lse[:, queries], do[:, queries], delta[:, queries]
             )
-            return dk.at[:, keys].add(new[1]), dv.at[:, keys].add(new[2]), dq.at[:, queries].add(new[0])
+            return _add(dk, new[1], keys), _add(dv, new[2], keys), _add(dq, new[0], queries)
 
         source = (rank - i) % ranks
         return (k_i, v_i, segments_i, *_meet(plan, window, segments, segments_i, source, part)), None

@@ -65,6 +65,11 @@ def kept_by_numpy(experts: np.ndarray, chosen: np.ndarray, slots: int) -> np.nda
 class Stamp:
     """Expert e gives x * (slot + 1) in the columns of its own block, [token, expert], and zeros elsewhere."""
 
+    plan = MeshPlan.single()
+
+    def dropping(self, context):
+        return True
+
     def _stamp(self, rows, expert, slots):
         own = expert[..., None] == jnp.arange(E)
         blocks = rows.reshape(*rows.shape[:-1], M, E) * (slots[..., None, None] + 1.0) * own[..., None, :]
@@ -139,6 +144,11 @@ def test_all_ways_give_the_same_outputs_and_gradients(seed, rate):
 
 class Table:
     """Expert e's output on token m is the parameter table[e, m]; the slot's number says which one is asked for."""
+
+    plan = MeshPlan.single()
+
+    def dropping(self, context):
+        return True
 
     def __init__(self, table_EMD):
         self.table_EMD = table_EMD

@@ -113,6 +113,8 @@ class MoEConfig:
     dispatch: Literal["auto", "dense", "capacity", "sorted"] = "auto"
     """dense: every expert on every token (the oracle); capacity: fixed slots, overflow dropped and counted;
     sorted: dropless grouped matmul; auto: capacity where a capacity_factor is given, else sorted"""
+    implementation: Literal["auto", "blocked", "ragged_dot", "reference"] = "auto"
+    """sorted: how groups of rows meet their experts' weights; see ops/grouped_matmul.py"""
     num_shared_experts: Annotated[int, Field(ge=0)] = 0
     """experts of width expert_ffn that see every token, ungated (arXiv 2401.06066)"""
     every: Count = 1

@@ -141,7 +141,7 @@ def _count_before(experts_BTA: Array, chosen_BTA: Array, num_experts: int) -> tu
     hot_BIE = hot_BATE.reshape(batch, active * length, num_experts)
     before_BIE = jnp.cumsum(hot_BIE, axis=1) - hot_BIE
     position_BTA = (before_BIE * hot_BIE).sum(-1).reshape(batch, active, length).swapaxes(1, 2)
-    return position_BTA, hot_BATE.sum(2)
+    return position_BTA, hot_BATE.sum(2, dtype=jnp.int32)
 
 
 def dispatch_capacity(

@@ -32,6 +32,7 @@ class Experts(nnx.Module):
         self.up = make_param(plan, rngs, (e, dim, f), wide, dtype, fan_in=dim, scale=scale)
         self.down = make_param(plan, rngs, (e, f, dim), down, dtype, fan_in=f, scale=scale)
         self.plan, self.rate, self.dtype = plan, moe.dropout, precision.compute
+        self.implementation = moe.implementation
 
     def all_rows(self, x_MD: Float[Array, "M D"], slots_EM: Slots, context: Context) -> Float[Array, "E M D"]:
         """Run every local expert on every row."""
@@ -50,7 +51,7 @@ class Experts(nnx.Module):
     ) -> Float[Array, "R D"]:
         """Run each expert on its group of consecutive rows, on the device where it lies; E is the global number."""
         key = (context.draw(PURPOSE_EXPERT), self.plan.index("expert_ffn")) if self.dropping(context) else ()
-        run = partial(_run_groups, self.rate)
+        run = partial(_run_groups, self.rate, self.implementation)
         if self.plan.size("expert") == 1:
             return run(self._weights(), key, x_RD, group_sizes_E, slots_R)
         return exchange_rows(self.plan, run, self._weights(), key, x_RD, slots_R, group_sizes_E)
@@ -74,14 +75,15 @@ class Experts(nnx.Module):
 
 
 def _run_groups(
-    rate: float, weights: tuple[Array, Array, Array], key: Any, x_RD: Array, group_sizes_E: Array, slots_R: Array
+    rate: float, way: str, weights: tuple[Array, ...], key: Any, x_RD: Array, group_sizes_E: Array, slots_R: Array
 ) -> Array:
     """Run groups of rows; `key` (with the tensor rank) is there where dropout is."""
     gate, up, down = weights
     if not key:
-        return expert_swiglu(x_RD, gate, up, down, group_sizes_E)
-    h_RF = swiglu(grouped_matmul(x_RD, gate, group_sizes_E), grouped_matmul(x_RD, up, group_sizes_E))
-    return grouped_matmul(_drop_hidden(h_RF, rate, key, slots_R), down, group_sizes_E)
+        return expert_swiglu(x_RD, gate, up, down, group_sizes_E, implementation=way)
+    matmul = partial(grouped_matmul, group_sizes_E=group_sizes_E, implementation=way)
+    h_RF = swiglu(matmul(x_RD, gate), matmul(x_RD, up))
+    return matmul(_drop_hidden(h_RF, rate, key, slots_R), down)
 
 
 def _drop_hidden(h: Array, rate: float, key: tuple[Array, Array], slots: Slots) -> Array:

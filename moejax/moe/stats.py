@@ -24,6 +24,8 @@ class RouterStats(NamedTuple):
     """slots lost to a capacity"""
     entropy: Float[Array, ""]
     """mean entropy of the router's probabilities, nats"""
+    sent: Float[Array, ""]
+    """slots whose expert lies on another device of the `expert` axis"""
 
 
 def record(plan: MeshPlan, router: Router, routing: Routing, kept_BTA: Array, valid_BT: Array) -> RouterStats:
@@ -33,8 +35,11 @@ def record(plan: MeshPlan, router: Router, routing: Routing, kept_BTA: Array, va
     lost_BT = (routing.chosen_BTA & ~kept_BTA).sum(-1).astype(load_E.dtype)
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(routing.probs_BTE, routing.probs_BTE), axis=-1)
     tokens = jnp.maximum(over_tokens(plan, jnp.ones(valid_BT.shape, load_E.dtype), valid_BT), 1.0)
-    dropped, entropy = over_tokens(plan, lost_BT, valid_BT), over_tokens(plan, entropy_BT, valid_BT) / tokens
-    seen = jax.tree.map(lambda x: plan.agree(jax.lax.stop_gradient(x)), (load_E, dropped, entropy))
+    owner_BTA = routing.experts_BTA // (load_E.shape[0] // plan.degree("experts"))
+    away_BT = (kept_BTA & (owner_BTA != plan.index("experts"))).sum(-1).astype(load_E.dtype)
+    counts = [over_tokens(plan, count_BT, valid_BT) for count_BT in (lost_BT, entropy_BT, away_BT)]
+    dropped, entropy, sent = counts[0], counts[1] / tokens, counts[2]
+    seen = jax.tree.map(lambda x: plan.agree(jax.lax.stop_gradient(x)), (load_E, dropped, entropy, sent))
     return RouterStats(total, losses, *seen)
 
 

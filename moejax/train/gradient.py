@@ -126,7 +126,7 @@ class _Job:
         router = in_layer_order(jax.tree.map(self.parts.all_layers, totals["stats"]))
         if router is not None and self.count > 1:  # counts add up, means are averaged
             mean = jax.tree.map(lambda x: x / self.count, router)
-            router = mean._replace(load_E=router.load_E, dropped=router.dropped)
+            router = mean._replace(load_E=router.load_E, dropped=router.dropped, sent=router.sent)
         return {"loss": loss, "aux": aux, "router": router, "tokens": self.num_tokens}
 
     # --- through a pipeline: see parallel/pipeline.py

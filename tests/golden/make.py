@@ -52,7 +52,7 @@ def train_losses(name: str) -> list[float]:
     """Train a tiny model on one device and give its losses."""
     with jax.enable_x64(True):
         run = TinyRun.of(proof_model(name), mesh_config("single"), steps=STEPS)
-        trained = run.train(run.place(initial_state(proof_model(name))), [golden_batch(step) for step in range(STEPS)])
+        trained = run.train(initial_state(proof_model(name)), [golden_batch(step) for step in range(STEPS)])
         return [float(metrics["loss"]) for metrics in trained.metrics]
 
 

@@ -236,7 +236,7 @@ def test_microbatches_accumulate_to_one_big_batch():
     trained = []
     for microbatches in (1, 2):
         run = TinyRun.of(proof_model("dense_tiny"), mesh_config("single"), microbatches=microbatches)
-        trained.append(run.train(run.place(state), [make_batch(seed, microbatches=microbatches) for seed in range(2)]))
+        trained.append(run.train(state, [make_batch(seed, microbatches=microbatches) for seed in range(2)]))
     halves = make_batch(0)["weights"].sum((1, 2))
     assert halves[0] != halves[1]
     assert_same(trained[1].gradient, trained[0].gradient)

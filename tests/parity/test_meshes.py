@@ -1,5 +1,6 @@
 """What holds on one device holds on every mesh: loss, router, every gradient, and the state after three steps."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from moejax.compat import varying_axes
+from moejax.compat import vary, varying_axes
+from moejax.accounting.contract import breaches, communication_contract, flop_contract
 from moejax.config.mesh import MeshConfig
-from moejax.parallel import zero
+from moejax.parallel import plan as plan_module
+from moejax.parallel import rules, zero
 from moejax.parallel.plan import MeshPlan
-from moejax.train import step as train_step
-from tests.conftest import assert_close, eight_device_meshes, mesh_config, tiny_models
+from moejax.parallel.rules import check_model, make_rules
+from moejax.train import gradient as train_gradient
+from tests.conftest import assert_close, eight_device_meshes, mesh_config, model_config, tiny_models
 from tests.tiny_runs import (
     OPTIMIZER,
     TinyRun,
@@ -27,41 +31,118 @@ from tests.tiny_runs import (
 )
 
 FULLY_TESTED = "mixtral_tiny"
-TELLING = ("tensor4_data2", "zero3_tensor2_sp")
-"""The meshes that the other models run on by default; `-m slow` runs the rest."""
-ALSO = {("dropout_tiny", "tensor8"), ("loss_free_tiny", "zero2")}
-"""Heads numbered with replicated keys and values; buffers beside gradients reduced in every microbatch."""
+TELLING = "data2_expert2_tensor2_sp"
+"""The mesh that every mixture runs on by default; `-m slow` runs the rest."""
+ALSO = {
+    ("dense_tiny", "zero3_tensor2_sp"),
+    ("dense_tiny", "data2_sequence2_tensor2_sp"),
+    ("dropout_tiny", "tensor8"),  # heads numbered with replicated keys and values
+    ("expert_choice_tiny", "context_all_to_all"),  # whole columns of scores over a split sequence
+    ("loss_free_tiny", "pipeline2_expert2_tensor2"),  # biases of a stage's own layers
+    ("loss_free_tiny", "zero2"),  # buffers beside gradients reduced in every microbatch
+    ("noisy_top_k_tiny", "zero3_expert4"),
+    ("switch_tiny", "context4_data2"),  # capacity counted over a split sequence
+}
 
 BATCHES = [make_batch(seed) for seed in range(3)]
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+def refusal(model: str, mesh: str) -> str | None:
+    """Give the reason why a model does not run on a mesh."""
+    config = mesh_config(mesh)
+    try:
+        check_model(make_rules(config), config, model_config(model))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def cases():
     params = []
     for model in tiny_models():
         for mesh in eight_device_meshes():
-            default = model == FULLY_TESTED or mesh in TELLING or (model, mesh) in ALSO
-            params.append(pytest.param(model, mesh, marks=() if default else pytest.mark.slow, id=f"{model}-{mesh}"))
+            if refusal(model, mesh) is None:
+                default = model == FULLY_TESTED or mesh == TELLING or (model, mesh) in ALSO
+                marks = () if default else pytest.mark.slow
+                params.append(pytest.param(model, mesh, marks=marks, id=f"{model}-{mesh}"))
     return params
 
 
+def stages_fit(name: str, mesh: MeshConfig) -> dict[str, int]:
+    """Give a tiny model as many layers as the mesh has stages for."""
+    model = model_config(name)
+    period = 1 if model.moe is None else model.moe.every
+    wanted = period * mesh.pipeline * mesh.chunks
+    return {} if model.num_layers % wanted == 0 else {"num_layers": wanted}
+
+
 def train(name: str, mesh: MeshConfig, **changes) -> Trained:
-    run = TinyRun.of(proof_model(name, **changes), mesh)
-    return run.train(run.place(initial_state(proof_model(name))), BATCHES)
+    return TinyRun.of(proof_model(name, **changes), mesh).train(initial_state(proof_model(name)), BATCHES)
 
 
 @functools.cache
-def one_device(name: str) -> Trained:
-    return train(name, mesh_config("single"))
+def one_device(name: str, **changes) -> Trained:
+    model = proof_model(name, **changes)
+    return TinyRun.of(model, mesh_config("single")).train(initial_state(model), BATCHES)
 
 
 @pytest.mark.parametrize(("model", "mesh"), cases())
-def test_training_is_the_same_as_on_one_device(model, mesh):
-    actual, expected = train(model, mesh_config(mesh)), one_device(model)
+def test_training_is_the_same_as_on_one_device_and_sends_no_more_than_it_must(model, mesh):
+    changes = stages_fit(model, mesh_config(mesh))
+    config = proof_model(model, **changes)
+    run = TinyRun.of(config, mesh_config(mesh))
+    program = run.program(BATCHES[0])
+    actual, expected = run.train(initial_state(config), BATCHES, program), one_device(model, **changes)
     assert_same(actual.gradient, expected.gradient)
     assert_same(actual.metrics, expected.metrics)
     assert_same(actual.state, expected.state)
+    lines = communication_contract(program.as_text(), run.parts, run.config.train)
+    assert sum(line.found for line in lines) > 0
+    assert not breaches(lines)
+
+
+FLOPS = {(FULLY_TESTED, TELLING), (FULLY_TESTED, "pipeline2_interleaved"), ("dense_tiny", "context4_data2")}
+"""Traced by default."""
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [
+        pytest.param(*case.values, marks=() if case.values in FLOPS else pytest.mark.slow, id=case.id)
+        for case in cases()
+    ],
+)
+def test_a_step_computes_no_more_than_it_must(model, mesh):
+    config = proof_model(model, **stages_fit(model, mesh_config(mesh)))
+    if config.moe is not None:
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, implementation="ragged_dot"))
+    run = TinyRun.of(config, mesh_config(mesh))
+    [line] = flop_contract(run.jaxpr(BATCHES[0]), run.parts, run.config.train)
+    assert line.kept, line
+    assert line.ratio > 0.8
+
+
+def test_pairs_that_cannot_work_are_refused_with_the_reason():
+    """Every other pair of a tiny model and a mesh file is proven above."""
+    reasons = {
+        (model, mesh): refusal(model, mesh)
+        for model in tiny_models()
+        for mesh in eight_device_meshes()
+        if refusal(model, mesh)
+    }
+    expected = {}
+    for mesh in eight_device_meshes():
+        config = mesh_config(mesh)
+        if config.expert > 1:
+            expected["dense_tiny", mesh] = "the model has none"
+        if config.pipeline > 1:
+            expected["soft_mixture_competitive_tiny", mesh] = "set pipeline = 1"
+        if config.sequence > 1:
+            expected["dropout_tiny", mesh] = "no split over positions"
+    assert reasons.keys() == expected.keys()
+    assert all(expected[pair] in reason for pair, reason in reasons.items())
 
 
 @pytest.mark.parametrize("model", tiny_models())
@@ -147,8 +228,8 @@ def test_a_slice_of_a_gradient_that_is_not_summed_is_found(monkeypatch):
 
 
 def test_a_router_loss_that_every_tensor_rank_adds_is_found(monkeypatch):
-    honest = train_step.router_loss
-    monkeypatch.setattr(train_step, "router_loss", lambda stats: 4 * honest(stats))
+    honest = train_gradient.router_loss
+    monkeypatch.setattr(train_gradient, "router_loss", lambda stats: 4 * honest(stats))
     assert fails(FULLY_TESTED, "tensor4_data2") == {"gradient", "metrics", "state"}
 
 
@@ -165,3 +246,44 @@ def test_a_norm_that_counts_whole_leaves_on_every_rank_is_found(monkeypatch):
 
     monkeypatch.setattr(zero, "global_norm", careless)
     assert fails("dense_tiny", "tensor4_data2") == {"metrics", "state"}
+
+
+def test_experts_without_a_rule_are_found(monkeypatch):
+    honest = rules.make_rules
+
+    def forget(mesh):
+        rows = [(name, () if name == "experts" else axes) for name, axes in honest(mesh).table]
+        return rules.Rules(tuple(rows))
+
+    monkeypatch.setattr(plan_module, "make_rules", forget)
+    with pytest.raises((TypeError, ValueError)):
+        train(FULLY_TESTED, mesh_config("expert4_data2"))
+
+
+def test_a_batch_that_is_not_split_over_expert_is_found(monkeypatch):
+    honest = rules.make_rules
+
+    def lose_an_axis(mesh):
+        rows = [(name, ("data",) if name == "batch" else axes) for name, axes in honest(mesh).table]
+        return rules.Rules(tuple(rows))
+
+    monkeypatch.setattr(plan_module, "make_rules", lose_an_axis)
+    with contextlib.suppress(ValueError):  # the type checker may find it first
+        assert fails(FULLY_TESTED, "expert4_data2")
+
+
+def test_a_collective_that_nobody_declared_breaks_the_contract(monkeypatch):
+    """Gathering all parts and adding them up gives the same numbers for twice the bytes."""
+
+    def wasteful(self, y_BTD):
+        if self.size("tensor") == 1:
+            return y_BTD
+        return lax.all_gather(vary(y_BTD, ("tensor",)), "tensor", to="invarying").sum(0)
+
+    monkeypatch.setattr(MeshPlan, "leave_tensor", wasteful)
+    run = TinyRun.of(proof_model("dense_tiny"), mesh_config("tensor4_data2"))
+    program = run.program(BATCHES[0])
+    assert_same(run.train(initial_state(proof_model("dense_tiny")), BATCHES, program).state, one_device("dense_tiny").state)
+    [breach] = breaches(communication_contract(program.as_text(), run.parts, run.config.train))
+    assert breach.what == "tensor all-gather"
+    assert "nobody declared it" in breach.why

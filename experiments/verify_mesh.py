@@ -1,0 +1,153 @@
+"""Prove a layout: the same steps on one device and on the mesh, leaf by leaf, and what it sends and computes against
+the analytic bounds.
+
+A mesh file's devices are made of the CPU (float64 is exact there); --here takes the devices that jax sees. Three
+questions, each answered by a table; a breach ends with exit code 1.
+  equality   loss, router, grad norm, every gradient, every weight after 3 steps: all precisions float64, <= 1e-10
+  bytes      each collective of the compiled step, by mesh axes and kind: <= 1.05 of the bound, and none undeclared
+  FLOPs      the matmuls of the traced step: <= 1.1 of the model's own and what the layout is known to repeat
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from experiments import cli
+from moejax.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from moejax.accounting.contract import Line
+    from moejax.train.proof import Trial
+
+STEPS = 3
+EQUAL = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
+"""Largest relative error of a leaf by the narrowest precision; state after 3 steps of Adam, which divides by the
+gradient's own size, included."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Say what this experiment understands besides the shared options."""
+    parser.add_argument("--here", action="store_true", help="prove it on the devices that jax sees, not on a cut CPU")
+    parser.add_argument("--own-precision", action="store_true", help="also compare in the model's own precision")
+    parser.add_argument("--batch", type=int, help="sequences per step (default: 2 per batch rank and microbatch)")
+    parser.add_argument("--seq", type=int, default=16, help="tokens per sequence (default: 16)")
+
+
+def main(argv: list[str]) -> int:
+    """Run the experiment."""
+    arguments = cli.parse(argv, name="verify_mesh", doc=__doc__, add_options=add_options, smoke={"model.vocab": 64})
+    options, config = arguments.options, sized(arguments.config, arguments.options)
+    if not options.here:
+        cli.use_cpu(math.prod(config.mesh.degrees()) if config.mesh.data > 0 else None)
+        # A proof runs its programs three times: compiling them without LLVM's optimiser saves most of the wait.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    cli.setup_jax()
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from moejax.train.proof import in_float64
+
+    exact = dataclasses.replace(config, model=in_float64(config.model))
+    configs = [exact, config] if options.own_precision else [exact]
+    cli.prepare_out(arguments.out, config, resume=False)
+    report: dict[str, Any] = {"mesh": dataclasses.asdict(config.mesh), "model": config.model.name, "equality": {}}
+    good = True
+    for number, each in enumerate(configs):
+        errors, trial, batch, rows_sent = compare(each, jax.devices())
+        name = "float64" if number == 0 else narrowest(each)
+        report["equality"][name] = {part: dict(zip(("error", "leaf"), worst(leaves))) for part, leaves in errors.items()}
+        good &= show_equality(name, errors)
+        if number == 0:
+            lines = contracts(trial, batch, rows_sent)
+            report["contract"] = [dataclasses.asdict(line) | {"kept": line.kept} for line in lines]
+            good &= show_contract(lines)
+    report["proven"] = good
+    (arguments.out / "result.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    print("proven" if good else "BREACH", f"({arguments.out / 'result.json'})")
+    return 0 if good else 1
+
+
+def sized(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """Make the batch small, whatever the model file trains on: rows for every rank and microbatch."""
+    mesh = config.mesh
+    microbatches = 2 * mesh.pipeline
+    rows = options.batch or 2 * microbatches * max(mesh.data, 1) * mesh.expert
+    train = dataclasses.replace(
+        config.train, global_batch=rows, microbatches=microbatches, seq_len=options.seq, steps=20
+    )
+    optimizer = dataclasses.replace(config.optimizer, lr=1e-2, warmup_steps=2, clip_norm=0.5)
+    return dataclasses.replace(config, train=train, optimizer=optimizer)
+
+
+def narrowest(config: RunConfig) -> str:
+    """Name the least precise dtype of a model."""
+    return max(dataclasses.astuple(config.model.precision), key=lambda dtype: EQUAL[dtype])
+
+
+def compare(config: RunConfig, devices: Any) -> tuple[dict[str, dict[str, float]], "Trial", dict, list[float]]:
+    """Train a few steps on one device and on the mesh; give each leaf's relative error."""
+    from moejax.config.mesh import MeshConfig
+    from moejax.train.proof import Trial, proof_batch, relative_errors, to_numpy
+
+    mesh = Trial.of(config, devices)
+    single = Trial.of(dataclasses.replace(config, mesh=MeshConfig()), devices[:1])
+    train = config.train
+    shape = (config.model.vocab, train.global_batch, train.seq_len, train.microbatches)
+    batches = [proof_batch(seed, *shape) for seed in range(STEPS)]
+    state = to_numpy(single.init())
+    actual, expected = mesh.train(state, batches), single.train(state, batches)
+    parts = ("gradient", "metrics", "state")
+    errors = {part: relative_errors(getattr(actual, part), getattr(expected, part)) for part in parts}
+    return errors, mesh, batches[0], actual.rows_sent
+
+
+def worst(leaves: dict[str, float]) -> tuple[float, str]:
+    """Give the largest error and whose it is."""
+    leaf = max(leaves, key=lambda path: leaves[path])
+    return leaves[leaf], leaf
+
+
+def show_equality(name: str, errors: dict[str, dict[str, float]]) -> bool:
+    """Print the equality table; say whether it holds."""
+    limit = EQUAL[name]
+    print(f"\nequality, {name}: largest relative error of a leaf (limit {limit:.0e})")
+    for part, leaves in errors.items():
+        error, leaf = worst(leaves)
+        mark = "  " if error <= limit else "! "
+        print(f"{mark}{part:10} {len(leaves):4} leaves  {error:9.1e}  {leaf}")
+    return all(error <= limit for leaves in errors.values() for error in leaves.values())
+
+
+def contracts(trial: "Trial", batch: dict, rows_sent: list[float]) -> list["Line"]:
+    """Hold the compiled step to its bytes, and the traced one to its FLOPs."""
+    from moejax.accounting.contract import communication_contract, exchange_line, flop_contract
+    from moejax.train.proof import Trial
+
+    train = trial.config.train
+    lines = communication_contract(trial.program(batch).as_text(), trial.parts, train)
+    extra = exchange_line(trial.parts, train, rows_sent[0])
+    moe = trial.config.model.moe
+    if moe is not None:  # a grouped matmul by blocks has loops whose length no trace can know
+        model = dataclasses.replace(trial.config.model, moe=dataclasses.replace(moe, implementation="ragged_dot"))
+        devices = list(trial.parts.plan.mesh.devices.flat)
+        trial = Trial.of(dataclasses.replace(trial.config, model=model), devices)
+    flops = flop_contract(trial.jaxpr(batch), trial.parts, train)
+    return [*lines, *([extra] if extra else []), *flops]
+
+
+def show_contract(lines: list["Line"]) -> bool:
+    """Print the contract; say whether it is kept."""
+    print("\ncontract, one device, one step: bytes sent and FLOPs against their bounds")
+    print(f"  {'what':44} {'bound':>12} {'found':>12} {'ratio':>7}  why")
+    for line in lines:
+        mark = "  " if line.kept else "! "
+        print(f"{mark}{line.what:44} {line.bound:12,.0f} {line.found:12,.0f} {line.ratio:7.3f}  {line.why}")
+    return all(line.kept for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,149 @@
+"""Does the program keep to its bounds? Bytes on the wire against what the layout needs, FLOPs against the model's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+from moejax.accounting.communication import RECOMPUTED, by_axes, expected_transfers
+from moejax.accounting.compiled import Collective, collectives
+from moejax.accounting.model_cost import model_cost
+from moejax.accounting.traced import matmul_flops
+from moejax.config.run import TrainConfig
+from moejax.models import ModelParts
+from moejax.moe.router import num_slots
+from moejax.parallel.exchange import quota
+from moejax.parallel.schedules import Schedule
+
+BYTES_LIMIT, FLOPS_LIMIT = 1.05, 1.1
+"""What is sent may exceed the bound by so much, and so may the arithmetic, before the contract is broken."""
+FEW = 128
+"""Bytes: a collective on less is a norm, a count or a loss, and needs no line of its own."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a contract: what was promised, what was found."""
+
+    what: str
+    bound: float
+    found: float
+    limit: float
+    why: str
+
+    @property
+    def ratio(self) -> float:
+        """Give found / bound; infinite for what nobody declared."""
+        return self.found / self.bound if self.bound else float("inf")
+
+    @property
+    def kept(self) -> bool:
+        """Say whether the line holds."""
+        return self.found <= self.limit * self.bound
+
+
+def schedule_of(parts: ModelParts, train: TrainConfig) -> Schedule | None:
+    """Give the pipeline's schedule, None without stages."""
+    mesh = parts.plan.config
+    return Schedule(mesh.schedule, mesh.pipeline, train.microbatches, mesh.chunks) if mesh.pipeline > 1 else None
+
+
+def communication_contract(hlo: str, parts: ModelParts, train: TrainConfig) -> list[Line]:
+    """Compare a compiled training step's bytes, by mesh axes and kind, with the bounds of `communication.py`."""
+    schedule = schedule_of(parts, train)
+    pipeline = (schedule.ticks, schedule.work) if schedule else (0, 0)
+    found: dict[tuple[tuple[str, ...], str], list[Collective]] = {}
+    for collective in collectives(hlo, dict(parts.plan.mesh.shape), *pipeline):
+        if not collective.dynamic and collective.payload > FEW:
+            found.setdefault((collective.axes, collective.kind), []).append(collective)
+    transfers = expected_transfers(parts, train)
+    bounds = by_axes(transfers)
+    lines = []
+    for key in sorted({*found, *bounds}):
+        axes, kind = key
+        sent = sum(c.sent * c.times for c in found.get(key, ()))
+        why = ", ".join(dict.fromkeys(t.why for t in transfers if (t.axes, t.kind) == key))
+        why = why or "nobody declared it: " + ", ".join(sorted({c.scope[-60:] for c in found[key]}))
+        lines.append(Line(f"{' x '.join(axes)} {kind}", bounds.get(key, 0.0), sent, BYTES_LIMIT, why))
+    return lines
+
+
+def exchange_line(parts: ModelParts, train: TrainConfig, rows_sent: float) -> Line | None:
+    """Show what the rows really sent in a step would cost alone, beside what the exchange sends for them.
+
+    `rows_sent` is counted at run time over all devices and layers; the padded way's factor is declared, not a breach.
+    """
+    moe, plan = parts.config.moe, parts.plan
+    if moe is None or plan.size("expert") == 1 or not rows_sent:
+        return None
+    sent = sum(t.bytes for t in expected_transfers(parts, train) if t.why == "expert exchange" and t.kind == "all-to-all")
+    width = 2 if parts.config.precision.compute in ("bfloat16", "float16") else int(parts.config.precision.compute[-2:]) // 8
+    groups = plan.degree("batch", "seq") * plan.size("pipeline")
+    passes = 2 * (2 + ("experts" in RECOMPUTED[parts.config.remat]) + (plan.size("pipeline") > 1))
+    alone = passes * rows_sent / groups * parts.config.embed * width
+    return Line("expert rows really sent", alone, sent, float("inf"), "declared: equal parts, padded with zeros")
+
+
+def flop_contract(jaxpr: Any, parts: ModelParts, train: TrainConfig) -> list[Line]:
+    """Compare a traced training step's matmuls on one device with the model's own, once what is listed is added."""
+    schedule, moe = schedule_of(parts, train), parts.config.moe
+    pipeline = (schedule.ticks, schedule.work) if schedule else (0, 0)
+    rows = 0
+    if moe is not None:
+        rows = train.global_batch // train.microbatches // parts.plan.degree("batch")
+        rows *= train.seq_len // parts.plan.degree("seq") * moe.router.num_active
+    found = matmul_flops(getattr(jaxpr, "jaxpr", jaxpr), *pipeline, rows)
+    terms = expected_flops(parts, train)
+    why = ", ".join(f"{name} {flops / terms['model']:.2f}" for name, flops in terms.items() if flops)
+    return [Line("matmul FLOPs", sum(terms.values()), found, FLOPS_LIMIT, why)]
+
+
+def expected_flops(parts: ModelParts, train: TrainConfig) -> dict[str, float]:
+    """List one device's FLOPs in a step: the model's own share, and each kind that the layout adds to it."""
+    plan, config = parts.plan, parts.config
+    tokens, devices = train.global_batch * train.seq_len, plan.mesh.size
+    cost, attention, moe = model_cost(parts, train.seq_len), config.attention, config.moe
+    heads = moe.num_experts if moe is not None and moe.competitive else 1
+    head = 2.0 * config.vocab * config.embed * heads
+    scores = 4.0 * train.seq_len * config.num_layers * attention.num_heads * attention.head_dim
+    layers, local = cost.forward_flops - head, tokens / devices
+    terms = {"model": 3 * cost.forward_flops * local, "scores again": scores / 2 * local}
+    again = (config.remat != "none") + (plan.size("pipeline") > 1)
+    terms["recompute"] = again * layers * local + (heads > 1) * head * local
+    terms["head on its stage"] = 3 * head * local * (plan.size("pipeline") - 1)
+    whole = (plan.size("tensor") - 1) * (3 + again) * local
+    if plan.config.replicate_kv:
+        keys = 4.0 * config.embed * attention.num_kv_heads * attention.head_dim * config.num_layers
+        terms["whole keys"] = keys * whole
+    if moe is not None:
+        sparse = config.num_layers // moe.every
+        routers = 2 if moe.router.noise == "gaussian" else 1
+        terms["whole routers"] = routers * 2.0 * config.embed * moe.num_experts * sparse * whole
+        expert = 6.0 * config.embed * moe.expert_ffn * sparse * (3 + again) * local
+        terms["padded places"] = expert * (_padding(parts, train) - 1) * moe.router.num_active
+    return terms
+
+
+def _padding(parts: ModelParts, train: TrainConfig) -> float:
+    """Give the rows that experts run, as a multiple of the routed ones: fixed places hold zeros, or drop."""
+    moe = parts.config.moe
+    assert moe is not None
+    if moe.router.kind == "soft":
+        return 1.0
+    if moe.dispatch == "dense":
+        return moe.num_experts / moe.router.num_active
+    if moe.capacity_factor is None and moe.router.kind != "expert_choice":
+        return 1.0
+    slots = num_slots(train.seq_len, moe.router.num_active, moe.num_experts, moe.capacity_factor or 1.0)
+    ranks = parts.plan.degree("seq")
+    return ranks * min(slots, train.seq_len // ranks) * moe.num_experts / (train.seq_len * moe.router.num_active)
+
+
+def exchange_factor(parts: ModelParts, rows: int) -> float:
+    """Give the padded exchange's buffer as a multiple of its routed rows."""
+    return parts.plan.size("expert") * quota(parts.plan, rows) / rows
+
+
+def breaches(lines: Sequence[Line]) -> list[Line]:
+    """Give the lines that do not hold."""
+    return [line for line in lines if not line.kept]

@@ -1,7 +1,6 @@
 """What all tests share: 8 CPU devices, checked shapes, THE tolerances, and the config files to run over."""
 
 import math
-import math
 import os
 from pathlib import Path
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from moejax.config.model import Precision
+from moejax.config.model import Precision, RouterConfig
 from moejax.moe.router import Router, num_slots
 from moejax.parallel.plan import MeshPlan
 from tests.conftest import assert_close
@@ -90,6 +90,85 @@ def test_a_balancing_bias_is_no_weight_and_has_no_gradient():
         return sum(part.sum() for part in (routing.weights_BTA, routing.probs_BTE, routing.logits_BTE))
 
     assert not jax.grad(everything)(buffers)["bias"][...].any()
+
+
+# --- node-limited routing (DeepSeek-V3, arXiv 2412.19437)
+
+
+def within_groups(scores: np.ndarray, config: RouterConfig) -> np.ndarray:
+    """Pick each token's experts by a loop: groups are scored by their best few, and the best groups hold the top-k."""
+    chosen = np.zeros((*scores.shape[:2], config.num_active), int)
+    size, few = scores.shape[-1] // config.num_groups, config.num_active // config.groups_kept
+    for b, t in np.ndindex(scores.shape[:2]):
+        groups = scores[b, t].reshape(config.num_groups, size)
+        best = np.argsort(-np.sort(groups, axis=1)[:, ::-1][:, :few].sum(1))[: config.groups_kept]
+        allowed = [e for e in range(scores.shape[-1]) if e // size in best]
+        chosen[b, t] = sorted(allowed, key=lambda e: -scores[b, t, e])[: config.num_active]
+    return chosen
+
+
+GROUPED = {
+    "softmax": {"num_active": 4, "num_groups": 4, "groups_kept": 2},
+    "one_group": {"num_active": 2, "num_groups": 3, "groups_kept": 1},
+    "bias": {"num_active": 4, "num_groups": 4, "groups_kept": 2, "score": "sigmoid", "bias_update_rate": 0.1},
+    "no_whole_number_each": {"num_active": 4, "num_groups": 6, "groups_kept": 3, "score": "sigmoid"},
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_token_s_experts_lie_in_its_best_groups(name):
+    """The bias counts for the groups as it does for the experts, and not for the weights."""
+    config = RouterConfig(**GROUPED[name])
+    router, x = make_router(moe_config(GROUPED[name], num_experts=12)), tokens(batch=4, length=16)
+    logits = logits_of(router, x)
+    scores = scipy.special.softmax(logits, -1) if config.score == "softmax" else scipy.special.expit(logits)
+    bias = np.zeros(12)
+    if router.bias is not None:
+        bias = np.random.default_rng(1).normal(size=12) * 0.3
+        router.bias[...] = jnp.asarray(bias)
+    routing = route(router, x, context(batch=4, length=16))
+    expected = within_groups(scores + bias, config)
+    np.testing.assert_array_equal(routing.experts_BTA, expected)
+    size = 12 // config.num_groups
+    assert max(len(set(token // size)) for token in expected.reshape(-1, config.num_active)) <= config.groups_kept
+    free = np.argsort(-(scores + bias), axis=-1)[..., : config.num_active]
+    assert (np.sort(free) != np.sort(expected)).any(), "the groups limit somebody"
+    kept = np.take_along_axis(scores, expected, -1)
+    assert_close(routing.weights_BTA, kept / kept.sum(-1, keepdims=True))
+
+
+def test_a_group_is_scored_by_its_bias_too():
+    """Without it in the groups' scores the first group would be left out, whatever its experts' bias."""
+    setting = {"num_active": 2, "num_groups": 2, "groups_kept": 1, "score": "sigmoid", "bias_update_rate": 0.1}
+    router = make_router(moe_config(setting), dim=E)
+    router.weight[...] = jnp.eye(E)
+    x, where = jnp.array([[[0.0, 0.1, 1.0, 1.1]]]), context(batch=1, length=1)
+    np.testing.assert_array_equal(route(router, x, where).experts_BTA[0, 0], [3, 2])
+    router.bias[...] = jnp.array([1.0, 1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(route(router, x, where).experts_BTA[0, 0], [1, 0])
+
+
+def test_keeping_every_group_limits_nothing():
+    x, where = tokens(batch=4, length=16), context(batch=4, length=16)
+    free, grouped = (
+        route(make_router(moe_config({"num_active": 2} | groups, num_experts=12)), x, where)
+        for groups in ({}, {"num_groups": 4, "groups_kept": 4})
+    )
+    np.testing.assert_array_equal(grouped.experts_BTA, free.experts_BTA)
+    np.testing.assert_array_equal(grouped.weights_BTA, free.weights_BTA)
+
+
+def test_groups_that_cannot_hold_the_choice_are_refused():
+    with pytest.raises(ValueError, match=r"groups_kept \(3\) must not exceed num_groups \(2\)"):
+        RouterConfig(num_groups=2, groups_kept=3)
+    with pytest.raises(ValueError, match=r'num_groups \(2\) needs kind = "top_k", not "soft"'):
+        RouterConfig(kind="soft", num_groups=2)
+    with pytest.raises(ValueError, match=r"num_experts \(4\) must divide by num_groups \(3\)"):
+        moe_config({"num_active": 1, "num_groups": 3})
+    with pytest.raises(
+        ValueError, match=r"num_active \(3\) must not exceed the experts of groups_kept \(1\) groups of 2"
+    ):
+        moe_config({"num_active": 3, "num_groups": 2})
 
 
 def test_expert_choice_gives_every_expert_its_best_tokens_of_each_sequence():

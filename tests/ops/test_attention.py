@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from moejax.ops.attention import attention, blockwise_attention, naive_attention, visible
+from moejax.ops.attention import attend, attend_bwd, attention, blockwise_attention, merge, naive_attention, visible
 from tests.conftest import assert_close
 
 B, T, N, K, H = 2, 13, 4, 2, 6
@@ -54,6 +54,27 @@ def test_a_query_sees_its_own_document_up_to_itself():
     seen, rows = np.asarray(mask()), np.asarray(segments())
     for b, t, s in np.ndindex(seen.shape):
         assert seen[b, t, s] == (s <= t and rows[b, s] == rows[b, t])
+
+
+@pytest.mark.parametrize("window", [1, 3, T])
+def test_with_a_window_a_query_sees_the_last_so_many_of_these_keys(window):
+    index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    seen = np.asarray(visible(index, index, segments(), segments(), window))
+    for b, t, s in np.ndindex(seen.shape):
+        assert seen[b, t, s] == (t - window < s <= t and segments()[b, s] == segments()[b, t])
+    assert seen[:, np.arange(T), np.arange(T)].all(), "itself always"
+
+
+def test_sight_goes_by_index_not_by_place(x64):
+    """A device that holds a sequence's parts in another order sees the same pairs."""
+    order = np.random.default_rng(0).permutation(T)
+    index, mixed = (
+        jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)),
+        jnp.tile(jnp.asarray(order, jnp.int32), (B, 1)),
+    )
+    plain = visible(index, index, segments(), segments(), 4)
+    reordered = visible(index, mixed, segments(), segments()[:, order], 4)
+    np.testing.assert_array_equal(reordered, plain[:, :, order])
 
 
 def test_naive_attention_is_a_softmax_over_the_visible_keys(x64):
@@ -163,3 +184,58 @@ def test_blockwise_refuses_what_it_cannot_do():
         blockwise_attention(q[:, :5], k, v, mask()[:, :5])
     with pytest.raises(ValueError, match="attention dropout needs"):
         attention(q, k, v, mask(), drop=lambda p: p, implementation="blockwise")
+
+
+# --- parts of the keys
+
+
+def in_parts(q, k, v, seen, cuts):
+    """Attend to the keys between the cuts one part after the other, merging as a ring does."""
+    parts = [slice(a, b) for a, b in zip((0, *cuts), (*cuts, T), strict=True)]
+    found = [attend(q, k[:, keys], v[:, keys], seen[:, :, keys]) for keys in parts]
+    return functools.reduce(merge, found)
+
+
+@pytest.mark.parametrize("cuts", [(5,), (2, 3, 9)], ids=str)
+def test_parts_of_the_keys_merge_to_the_whole(x64, cuts):
+    """Early queries see nothing of the later parts, and some see nothing of any."""
+    q, k, v = draw()
+    seen = mask() & jnp.asarray(np.arange(T) != 4)[None, :, None]
+    o, lse = jax.jit(lambda *a: in_parts(*a, cuts))(q, k, v, seen)
+    assert_close(o, by_hand(q, k, v, seen))
+    scores = np.einsum("BTKGH,BSKH->BTKGS", np.reshape(q, (B, T, K, N // K, H)), k) / np.sqrt(H)
+    exact = np.where(np.asarray(seen)[:, :, None, None], np.exp(scores), 0.0).sum(-1).reshape(B, T, N)
+    np.testing.assert_array_equal(np.isneginf(lse), exact == 0)
+    assert_close(np.exp(lse), exact)
+
+
+def test_a_part_that_sees_nothing_gives_zeros_and_changes_nothing(x64):
+    q, k, v = draw()
+    o, lse = attend(q, k, v, mask())
+    nothing = attend(q, 1e3 * k, v, jnp.zeros_like(mask()))
+    assert not np.asarray(nothing[0]).any()
+    assert np.isneginf(nothing[1]).all()
+    for merged in (merge((o, lse), nothing), merge(nothing, (o, lse))):
+        assert_close(merged, (o, lse))
+    both = merge(nothing, nothing)
+    assert not np.asarray(both[0]).any()
+    assert np.isneginf(both[1]).all()
+
+
+def test_scores_far_apart_merge_to_the_larger_ones():
+    """exp of either log-sum-exp overflows float32."""
+    o = jnp.ones((1, 1, 1, 1), jnp.float32)
+    merged, lse = merge((o, jnp.full((1, 1, 1), 500.0)), (3 * o, jnp.full((1, 1, 1), 900.0)))
+    np.testing.assert_array_equal(merged, 3 * o)
+    np.testing.assert_array_equal(lse, [[[900.0]]])
+
+
+def test_gradients_of_the_parts_add_up_to_those_of_the_whole(x64):
+    """Given the log-sum-exp over all keys, and the sum of do * o."""
+    q, k, v = draw()
+    out, whole = with_gradients(naive_attention, q, k, v, mask())
+    do, (_, lse) = jnp.cos(out), attend(q, k, v, mask())
+    delta = (do * out).sum(-1)
+    parts = [slice(0, 4), slice(4, T)]
+    dq, dk, dv = zip(*(attend_bwd(q, k[:, s], v[:, s], mask()[:, :, s], lse, do, delta) for s in parts), strict=True)
+    assert_close((sum(dq), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), whole)

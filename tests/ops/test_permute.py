@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from moejax.ops.permute import combine_reference, combine_rows, gather_rows, sort_by_expert
+from moejax.ops.permute import combine_reference, combine_rows, gather_rows, move_rows, sort_by_expert
 
 M, A, E, D = 13, 3, 5, 4
 
@@ -118,3 +118,48 @@ def test_inside_shard_map_a_replicated_input_gets_its_summed_gradient():
     run = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=(split, whole, whole), out_specs=(whole, whole)))
     one_device = jax.grad(lambda x, weights: sum(loss(e, x, weights) for e in jnp.split(experts, 2)), (0, 1))
     chex.assert_trees_all_close(run(experts, x, weights), one_device(x, weights), rtol=1e-5)
+
+
+# --- rows that move one to one, and some that do not
+
+
+def draw_moves(seed: int, rows: int = 9, places: int = 7):
+    """Draw a partial one-to-one map from rows to places, seen from both ends; elsewhere the indices are junk."""
+    rng = np.random.default_rng(seed)
+    count = rng.integers(0, min(rows, places) + 1)
+    taken_rows, taken_places = rng.permutation(rows)[:count], rng.permutation(places)[:count]
+    take, back = rng.integers(-3, rows + 3, places), rng.integers(-3, places + 3, rows)
+    taken, kept = np.zeros(places, bool), np.zeros(rows, bool)
+    take[taken_places], taken[taken_places] = taken_rows, True
+    back[taken_rows], kept[taken_rows] = taken_places, True
+    return [jnp.asarray(x) for x in (take.astype(np.int32), taken, back.astype(np.int32), kept)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_moved_rows_and_their_gradient_are_those_of_a_plain_gather(seed):
+    with jax.enable_x64(True):
+        moves = draw_moves(seed)
+        take, taken, _, _ = moves
+        rng = np.random.default_rng(seed)
+        x, dy = jnp.asarray(rng.normal(size=(9, D))), jnp.asarray(rng.normal(size=(7, D)))
+        y, pullback = jax.vjp(lambda x: move_rows(x, *moves), x)
+        plain, plain_pullback = jax.vjp(lambda x: jnp.where(taken[:, None], x[jnp.clip(take, 0, 8)], 0), x)
+        np.testing.assert_array_equal(y, plain)
+        np.testing.assert_array_equal(*(p(dy)[0] for p in (pullback, plain_pullback)))
+
+
+def test_moving_rows_back_undoes_it_and_integers_may_move():
+    take, taken, back, kept = draw_moves(2)
+    x = jnp.arange(9 * D, dtype=jnp.int32).reshape(9, D) + 1
+    there = move_rows(x, take, taken, back, kept)
+    again = move_rows(there, back, kept, take, taken)
+    np.testing.assert_array_equal(again, jnp.where(kept[:, None], x, 0))
+    assert kept.any()
+    assert not kept.all()
+
+
+def test_the_backward_of_moving_rows_has_no_scatter():
+    moves = draw_moves(2)
+    grad = jax.jit(jax.grad(lambda x: jnp.square(move_rows(x, *moves)).sum()))
+    assert "scatter" not in grad.lower(jnp.ones((9, D))).as_text()

@@ -137,12 +137,27 @@ class _Step:
         leave = (2 * layers + extra + 1) * forwards + ("leave" in again) * layers
         enter_back, leave_back = 2 * layers + streams, 2 * layers + extra + 1
         payload, times, why = self.tokens * self.config.embed * self.width, self.microbatches, "tensor parallelism"
+        if self.plan.config.overlap_tensor:
+            return [*self._rings(payload, streams), *self._whole_on_tensor(), *self._loss(streams)]
         if self.plan.config.sequence_parallel:
             sent = self.send(("tensor",), "all-gather", payload, times * (enter + leave_back), why)
             sent += self.send(("tensor",), "reduce-scatter", payload, times * (leave + enter_back), why)
         else:
             sent = self.send(("tensor",), "all-reduce", payload, times * (leave + enter_back), why)
         return sent + self._whole_on_tensor() + self._loss(streams)
+
+    def _rings(self, payload: float, streams: int) -> list[Transfer]:
+        """Send the same bytes step by step, but around sparse layers, the embedding and the head."""
+        again, times, forwards = RECOMPUTED[self.config.remat], self.microbatches, self.forwards
+        ringed, sparse = 2 * self.num_layers - self.num_sparse, self.num_sparse
+        extra = streams - 1
+        part, ranks = payload / self.plan.size("tensor"), self.plan.size("tensor")
+        passes = 2 * (forwards + 1) + ("enter" in again) + ("leave" in again) / 2
+        sent = self.send(("tensor",), "collective-permute", (ranks - 1) * part, times * passes * ringed, "tensor rings")
+        gathers = times * (sparse * (forwards + 1 + ("enter" in again)) + streams + extra + 1)
+        scatters = times * (sparse * (forwards + 1) + (extra + 1) * forwards + streams)
+        sent += self.send(("tensor",), "all-gather", payload, gathers, "tensor parallelism")
+        return sent + self.send(("tensor",), "reduce-scatter", payload, scatters, "tensor parallelism")
 
     def _whole_on_tensor(self) -> list[Transfer]:
         """Sum the gradients of weights that every tensor rank holds and uses on its own part."""

@@ -11,6 +11,7 @@ from moejax.layers.param import make_param, read
 from moejax.ops.attention import Drop, attention, visible
 from moejax.ops.random import dropout
 from moejax.ops.rope import apply_rope
+from moejax.parallel.overlap import column_parallel, row_parallel
 from moejax.parallel.plan import MeshPlan
 from moejax.parallel.ring_attention import context_attention
 
@@ -38,16 +39,15 @@ class Attention(nnx.Module):
         self.plan, self.config, self.dtype = plan, config, precision.compute
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: Context, cache: KVCache | None = None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Give this tensor rank's part of the output, and the cache with these tokens in it.
+        self, x_BtD: Float[Array, "B t D"], context: Context, cache: KVCache | None = None
+    ) -> tuple[Float[Array, "B t D"], KVCache | None]:
+        """Give the output, and the cache with these tokens in it; both ends are parts of the residual stream.
 
-        x has entered tensor, the caller leaves it. With a cache the tokens stand at slot index_BT[0, 0] on.
+        With a cache the tokens stand at slot index_BT[0, 0] on.
         """
         tables = context.rope(self.config.head_dim, self.config.rope_theta)
-        q_BTNH = apply_rope(self._project(x_BTD, self.q), tables)
-        k_BTKH = apply_rope(self._project(x_BTD, self.k), tables)
-        v_BTKH = self._project(x_BTD, self.v)
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BtD)
+        q_BTNH, k_BTKH = apply_rope(q_BTNH, tables), apply_rope(k_BTKH, tables)
         if cache is None and self.plan.size("sequence") > 1:
             k_BTKH, v_BTKH = self._local_kv(k_BTKH), self._local_kv(v_BTKH)
             o_BTNH = context_attention(
@@ -73,11 +73,13 @@ class Attention(nnx.Module):
         return self._out(o_BTNH), cache
 
     def _out(self, o_BTNH: Array) -> Array:
-        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, read(self.out, self.dtype))
+        w_ND = read(self.out, self.dtype).reshape(-1, self.out.shape[-1])
+        return row_parallel(self.plan, o_BTNH.reshape(*o_BTNH.shape[:2], -1), w_ND)
 
-    def _project(self, x_BTD: Array, param: nnx.Param) -> Array:
-        w_DNH = read(param, self.dtype)
-        return jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH)
+    def _project(self, x_BtD: Array) -> list[Array]:
+        weights = [read(param, self.dtype) for param in (self.q, self.k, self.v)]
+        flat = column_parallel(self.plan, x_BtD, [w_DNH.reshape(w_DNH.shape[0], -1) for w_DNH in weights])
+        return [y_BTF.reshape(*y_BTF.shape[:2], *w.shape[1:]) for y_BTF, w in zip(flat, weights, strict=True)]
 
     def _local_kv(self, k_BSKH: Array) -> Array:
         """Pick the key/value head of each local query head where tensor ranks hold them all (replicate_kv)."""

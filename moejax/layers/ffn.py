@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 from moejax.config.model import Precision
 from moejax.layers.param import make_param, read
 from moejax.ops.swiglu import swiglu
+from moejax.parallel.overlap import column_parallel, row_parallel
 from moejax.parallel.plan import MeshPlan
 
 
@@ -19,9 +20,15 @@ class FeedForward(nnx.Module):
         self.gate = make_param(plan, rngs, (dim, ffn), ("embed", "ffn"), dtype, fan_in=dim, scale=scale)
         self.up = make_param(plan, rngs, (dim, ffn), ("embed", "ffn"), dtype, fan_in=dim, scale=scale)
         self.down = make_param(plan, rngs, (ffn, dim), ("ffn", "embed"), dtype, fan_in=ffn, scale=scale)
-        self.dtype = precision.compute
+        self.plan, self.dtype = plan, precision.compute
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x_BtD: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
+        """Enter tensor, run and leave it: both ends are parts of the residual stream."""
+        weights = [read(self.gate, self.dtype), read(self.up, self.dtype)]
+        gate_BTf, up_BTf = column_parallel(self.plan, x_BtD, weights)
+        return row_parallel(self.plan, swiglu(gate_BTf, up_BTf), read(self.down, self.dtype))
+
+    def part(self, x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Give this tensor rank's part of the sum: x has entered tensor, the caller leaves it."""
-        gate, up = x @ read(self.gate, self.dtype), x @ read(self.up, self.dtype)
+        gate, up = x_BTD @ read(self.gate, self.dtype), x_BTD @ read(self.up, self.dtype)
         return swiglu(gate, up) @ read(self.down, self.dtype)

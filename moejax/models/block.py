@@ -43,13 +43,13 @@ class Block(nnx.Module):
         """Give the next residual stream, what the router did (None: there is none) and the written cache."""
         x_BtD, cache = self.mix(x_BtD, context, cache)
         with jax.named_scope("ffn"):
-            h_BTD = self.plan.enter_tensor(self.ffn_norm(x_BtD))
-            stats = None
+            h_BtD, stats = self.ffn_norm(x_BtD), None
             if isinstance(self.ffn, MoELayer):
-                y_BTD, stats = self.ffn(h_BTD, context, apart)
+                y_BTD, stats = self.ffn(self.plan.enter_tensor(h_BtD), context, apart)
+                y_BtD = self.plan.leave_tensor(y_BTD)
             else:
-                y_BTD = self.ffn(h_BTD)
-            y_BtD = checkpoint_name(self.plan.leave_tensor(y_BTD), "ffn_out")
+                y_BtD = self.ffn(h_BtD)
+            y_BtD = checkpoint_name(y_BtD, "ffn_out")
             x_BtD = x_BtD + residual_dropout(self.plan, context, y_BtD, self.rate, PURPOSE_FFN)
         return x_BtD, stats, cache
 
@@ -58,8 +58,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B t D"], KVCache | None]:
         """Run the first sublayer alone."""
         with jax.named_scope("mixer"):
-            y_BTD, cache = self.mixer(self.plan.enter_tensor(self.mixer_norm(x_BtD)), context, cache)
-            y_BtD = checkpoint_name(self.plan.leave_tensor(y_BTD), "mixer_out")
+            y_BtD, cache = self.mixer(self.mixer_norm(x_BtD), context, cache)
+            y_BtD = checkpoint_name(y_BtD, "mixer_out")
             x_BtD = x_BtD + residual_dropout(self.plan, context, y_BtD, self.rate, PURPOSE_MIXER)
         return x_BtD, cache
 

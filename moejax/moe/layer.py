@@ -44,7 +44,7 @@ class MoELayer(nnx.Module):
             done = self._dispatch(x_BTD, routing, context)
         else:
             done = Dispatched(dispatch_few(apart, x_BTD, routing), routing.chosen_BTA)
-        y_BTD = done.y_BTD if self.shared is None else done.y_BTD + self.shared(x_BTD)
+        y_BTD = done.y_BTD if self.shared is None else done.y_BTD + self.shared.part(x_BTD)
         return y_BTD, record(self.plan, self.router, routing, done.kept_BTA, context.segments_BT > 0)
 
     def apart(self) -> Apart | None:

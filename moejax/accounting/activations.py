@@ -1,0 +1,234 @@
+"""What does a step hold besides weights, gradients and optimizer state? Arrays counted one by one, as autodiff keeps them.
+
+Each term names its arrays. What a layer keeps is exact (`tests/accounting/test_memory.py` compares it with its vjp's
+residuals); what lives at once while its backward runs is the compiler's choice, and these are the arrays that it must
+have, without those that it fuses away.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from moejax.config.model import ModelConfig, MoEConfig
+from moejax.config.run import TrainConfig
+from moejax.models import FAMILIES
+from moejax.moe.router import num_slots
+from moejax.ops.attention import MAX_BLOCKS, MIN_BLOCK
+from moejax.parallel.exchange import quota
+from moejax.parallel.plan import MeshPlan
+from moejax.parallel.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on one device by what they are for."""
+
+    kept: float
+    """what the forward leaves for the backward: all layers, all microbatches in flight"""
+    workspace: float
+    """what one layer's recomputation and backward, and the loss, hold at once"""
+
+    @property
+    def total(self) -> float:
+        """Add both."""
+        return self.kept + self.workspace
+
+
+def width(dtype: str) -> int:
+    """Give an element's bytes."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+class LayerMemory:
+    """One device's part of a microbatch, layer by layer, in bytes."""
+
+    def __init__(self, config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> None:
+        self.config, self.plan, self.train, self.moe = config, plan, train, config.moe
+        precision = config.precision
+        self.width, self.wide = width(precision.compute), max(width(precision.compute), 4)
+        self.router_width = width(precision.router)
+        self.rows = train.global_batch // train.microbatches / plan.degree("batch")
+        self.length = train.seq_len / plan.degree("seq")
+        self.tokens = self.rows * self.length
+        tensor = plan.size("tensor")
+        self.stream = self.tokens * config.embed / (tensor if plan.config.sequence_parallel else 1)
+        self.whole = self.tokens * config.embed
+        attention = config.attention
+        self.heads = attention.num_heads / tensor
+        self.kv_heads = attention.num_kv_heads / plan.degree("kv_heads")
+        if plan.degree("kv_heads") < tensor:  # replicated heads are picked for the local queries
+            self.kv_heads = self.heads
+        self.head_dim = attention.head_dim
+        self.naive = attention.implementation == "naive" or attention.dropout > 0
+
+    # --- what the forward keeps of one layer
+
+    def kept(self, kind: str, policy: str) -> float:
+        """Give the bytes that a layer leaves for its backward under a remat policy."""
+        if policy == "none":
+            return self.norms() + self.attention() + (self.dense() if kind == "dense" else self.sparse())
+        block_input = self.stream * self.width
+        if policy == "full":
+            return block_input
+        if policy == "names":  # the second sublayer's output is only added: no backward asks for it
+            return 2 * block_input
+        dots = self.whole + self.tokens * (self.heads + 2 * self.projected_kv_heads) * self.head_dim
+        if kind == "dense":
+            dots += 2 * self.tokens * self.config.ffn / self.plan.size("tensor")
+        elif self.moe is not None:
+            dots += 2 * self.tokens * self.moe.num_shared_experts * self.expert_ffn
+            block_input += self.tokens * self.moe.num_experts * self.router_width
+        return block_input + dots * self.width
+
+    def norms(self) -> float:
+        """Two norms: 2x and x in the wide type, the normalised x."""
+        return 2 * self.stream * (2 * self.wide + self.width)
+
+    def attention(self) -> float:
+        """Its input; q, k, v, the output; their log-sum-exp, four rotary tables, and the mask of what is seen."""
+        queries, keys = self.tokens * self.heads * self.head_dim, self.tokens * self.kv_heads * self.head_dim
+        size = (self.whole + 2 * queries + 2 * keys + 2 * self.tokens * self.head_dim) * self.width
+        size += self.tokens * self.heads * self.wide
+        if self.plan.size("sequence") > 1 and self.plan.config.context == "ring":
+            return size + queries * self.wide  # the ring keeps its output before rounding; it makes masks anew
+        size += self.tokens * self.train.seq_len
+        if self.naive:  # scores, their exponentials, and what the mask and the norm need
+            size += 3 * self.rows * self.heads * self.length * self.train.seq_len * self.wide
+        return size
+
+    def dense(self) -> float:
+        """Its input; gate, up, and the four factors of silu(gate) * up."""
+        return (self.whole + 6 * self.tokens * self.config.ffn / self.plan.size("tensor")) * self.width
+
+    def sparse(self) -> float:
+        """The router's input and probabilities; the experts' rows, in and out, and their hidden units."""
+        moe = self._moe
+        size = self.whole * self.router_width + 3 * self.tokens * moe.num_experts * self.router_width
+        size += 6 * self.tokens * moe.num_shared_experts * self.expert_ffn * self.width
+        places, hidden = self.places, self.expert_ffn
+        if self.way == "dense":
+            every = self.tokens * moe.num_experts
+            return size + every * (self.config.embed + 6 * hidden + self.config.embed) * self.width
+        if self.way == "capacity":
+            size += places * (self.config.embed + 6 * hidden) * self.width
+            return size + self.routed * self.config.embed * self.router_width
+        # Rows as they were sorted and as they came back; sent to another rank, the places there have a copy.
+        rows = 2 * self.routed * self.config.embed
+        if self.plan.size("expert") > 1:
+            rows += places * self.config.embed
+        return size + (rows + 2 * places * hidden) * self.width
+
+    # --- what a layer's backward holds at once
+
+    def scores(self) -> float:
+        """Every block's scores and their exponentials, since nothing orders the blocks; each block's padded dk, or dv."""
+        if self.plan.size("sequence") > 1 and self.plan.config.context == "ring":
+            # The own square whole, or half a square of another rank's: probabilities and their gradient.
+            keys = 4 * self.tokens * self.kv_heads * self.head_dim * self.wide
+            return 2 * self.rows * self.heads * self.length**2 * self.wide + keys
+        length, heads = self.train.seq_len, self.heads / self.plan.size("sequence")
+        if self.naive:
+            return 2 * self.rows * heads * length**2 * self.wide
+        block = min(length, max(MIN_BLOCK, -(-length // (MAX_BLOCKS * MIN_BLOCK)) * MIN_BLOCK))
+        blocks = math.ceil(length / block)
+        triangle = length * (length + block) / 2
+        kv_heads = self.kv_heads / self.plan.size("sequence")
+        padded = blocks * length * kv_heads * self.head_dim
+        return self.rows * (2 * heads * triangle + padded) * self.wide
+
+    def recomputed(self, kind: str) -> float:
+        """A layer's matmuls' operands and results once more, each with its gradient; what is elementwise is fused."""
+        streams = 4 * self.stream + 4 * self.whole
+        projections = 2 * self.tokens * (self.heads + self.projected_kv_heads) * self.head_dim
+        return (streams + projections) * self.width + self.feed_forward(kind)
+
+    def feed_forward(self, kind: str) -> float:
+        """A feed-forward layer's hidden units and their gradients; of experts the rows as well, in, out and back."""
+        if kind == "dense":
+            return 4 * self.tokens * self.config.ffn / self.plan.size("tensor") * self.width
+        rows = 4 * self.config.embed * self.places
+        if self.plan.size("expert") > 1 and self.way != "dense":
+            rows = (2 * self.routed + 4 * self.places) * self.config.embed
+        hidden = (4 if self.way != "sorted" else 2) * self.places * self.expert_ffn
+        shared = 4 * self.tokens * self._moe.num_shared_experts * self.expert_ffn
+        return (rows + hidden + shared) * self.width
+
+    def loss(self) -> float:
+        """The logits and their gradient, for each expert of a competitive mixture in turn."""
+        return 2 * self.tokens * self.config.vocab / self.plan.size("tensor") * self.wide
+
+    # --- sizes
+
+    @property
+    def _moe(self) -> MoEConfig:
+        assert self.moe is not None
+        return self.moe
+
+    @property
+    def projected_kv_heads(self) -> float:
+        """Key/value heads as projected: all of them where they are replicated."""
+        return self.config.attention.num_kv_heads / self.plan.degree("kv_heads")
+
+    @property
+    def expert_ffn(self) -> float:
+        """Hidden units of an expert on this tensor rank."""
+        return self._moe.expert_ffn / self.plan.size("tensor")
+
+    @property
+    def way(self) -> str:
+        """Say which way a training step's rows go: see `MoELayer`."""
+        moe = self._moe
+        if moe.router.kind == "soft" or moe.dispatch == "dense":
+            return "dense"
+        return "capacity" if moe.router.kind == "expert_choice" or moe.capacity_factor is not None else "sorted"
+
+    @property
+    def routed(self) -> float:
+        """Rows that this device's tokens send."""
+        return self.tokens * (self._moe.num_experts if self.way == "dense" else self._moe.router.num_active)
+
+    @property
+    def places(self) -> float:
+        """Rows that this device's experts have room for."""
+        moe = self._moe
+        if self.way == "capacity":
+            slots = num_slots(self.train.seq_len, moe.router.num_active, moe.num_experts, moe.capacity_factor or 1.0)
+            return self.rows * moe.num_experts * min(slots, self.length)
+        ranks = self.plan.size("expert")
+        if ranks == 1 or self.way == "dense":
+            return self.routed
+        return ranks * quota(self.plan, int(self.routed))
+
+
+def activations(config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> Activations:
+    """Count what one device holds of activations at the peak of a step."""
+    layer = LayerMemory(config, plan, train)
+    kinds = FAMILIES[config.name].layers(config)
+    stages = plan.size("pipeline")
+    kept = sum(layer.kept(kind, config.remat) for kind in kinds) / (stages * plan.config.chunks)
+    stash = 0.0
+    if stages > 1:  # a stage keeps its inputs alone, and a message each way; a chunk's layers are run again backward
+        schedule = Schedule(plan.config.schedule, stages, train.microbatches, plan.config.chunks)
+        stash = (schedule.slots[2] + 1 + 4) * layer.stream * layer.width
+    heaviest = max(kinds, key=layer.feed_forward)
+    return Activations(kept + stash, _workspace(layer, heaviest, config.remat))
+
+
+def _workspace(layer: LayerMemory, kind: str, policy: str) -> float:
+    """Give what is at work beside what is kept: the arrays that the compiler may hold at the same time.
+
+    The loops over sorted experts stand between loss, attention and experts: the largest counts. With an exchange the
+    scores are made before the experts run; without loops everything may overlap.
+    """
+    attention, hidden, loss = layer.scores(), layer.feed_forward(kind), layer.loss()
+    work = 0.0 if policy == "none" else layer.recomputed(kind) - hidden
+    if policy == "none":  # nothing is recomputed: gradients alone
+        hidden /= 2
+    if kind == "sparse" and layer.way == "sorted":
+        if layer.plan.size("expert") == 1:
+            return work + max(attention, hidden, loss)
+        return work + max(attention + hidden, loss)
+    if policy == "none" or layer.plan.size("pipeline") > 1:
+        return work + attention + max(hidden, loss)
+    return work + attention + hidden + loss

@@ -106,7 +106,8 @@ class CachedReader:
 
     def __init__(self, model: Decoder, batch: int, length: int) -> None:
         self.model, self.blocks = model, model.unstacked()
-        self.aparts = model.experts_apart(self.blocks) if few_pays(batch) else None
+        few = few_pays(batch) and model.plan.size("expert") == 1
+        self.aparts = model.experts_apart(self.blocks) if few else None
         self.batch, self.length = batch, length
 
     def start(self, ids_BT: Array, pad_B: Array) -> tuple[Any, Array]:

@@ -70,7 +70,7 @@ def test_prefill_and_decode_give_the_full_forwards_logits(name: str) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mesh", ["tensor4_data2_sp", "zero3", "tensor8"])
+@pytest.mark.parametrize("mesh", ["data2_expert2_tensor2_sp", "zero3", "tensor8"])
 def test_generation_on_a_mesh_writes_one_devices_tokens(mesh: str) -> None:
     written = []
     for config, count in ((MeshConfig(), 1), (mesh_config(mesh).for_decoding(), 8)):

@@ -4,10 +4,11 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from pydantic import ValidationError
 
@@ -17,6 +18,9 @@ from moejax.config.load import ConfigError
 OUR_CODE: Final = tuple(str(Path(__file__).parents[1] / package) for package in ("moejax", "experiments"))
 PEER_WORDS: Final = ("Gloo", "NCCL", "coordination", "UNAVAILABLE", "heartbeat", "preempted")
 """What jax's errors say when a collective lost its other side."""
+
+SECONDS_FOR_LAST_WORDS: Final = 2
+"""How long process 0 outlives its own failure."""
 
 
 def use_cpu(num_devices: int | None = None) -> None:
@@ -85,10 +89,19 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
             print(f"error: {message}", file=sys.stderr)
         code = 1 if message is None else 2
     if _has_peers():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End now, and let the others end too."""
+    import jax
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:  # jax aborts those that lose it, before they can say anything themselves
+        time.sleep(SECONDS_FOR_LAST_WORDS)
+    os._exit(code)
 
 
 def _has_peers() -> bool:

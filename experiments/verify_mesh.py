@@ -59,7 +59,9 @@ def main(argv: list[str]) -> int:
     for number, each in enumerate(configs):
         errors, trial, batch, rows_sent = compare(each, jax.devices())
         name = "float64" if number == 0 else narrowest(each)
-        report["equality"][name] = {part: dict(zip(("error", "leaf"), worst(leaves))) for part, leaves in errors.items()}
+        report["equality"][name] = {
+            part: dict(zip(("error", "leaf"), worst(leaves), strict=True)) for part, leaves in errors.items()
+        }
         good &= show_equality(name, errors)
         if number == 0:
             lines = contracts(trial, batch, rows_sent)

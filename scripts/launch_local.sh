@@ -62,6 +62,7 @@ for ((i = 0; i < num; i++)); do
     exec 3>&- 4>&-
 done
 
+exec 5>&2 2>/dev/null # bash's own words about killed jobs are dropped
 code=0 left=" ${!pids[*]} "
 while [ "$left" != " " ] && [ $code = 0 ]; do
     for i in $left; do
@@ -75,14 +76,14 @@ done
 if [ $code != 0 ]; then
     how="ended with exit code $code"
     if [ $code -gt 128 ]; then how="was killed by SIG$(kill -l $((code - 128)))"; fi
-    echo "error: process $dead of $num $how; stopping the others within $GRACE seconds" >&2
+    echo "error: process $dead of $num $how; stopping the others within $GRACE seconds" >&5
     wait_for "$GRACE" "${pids[@]}"
     tell KILL
 fi
 wait_for 2 "${printers[@]}"
 if [ $code != 0 ] && [ -z "$stopping" ]; then
     again="$*"; case " $again " in *" --resume "*) ;; *) again="$again --resume" ;; esac
-    echo "error: the run stopped; a training goes on from its last checkpoint, with any number of processes:" >&2
-    echo "  bash scripts/launch_local.sh $num --devices-per-process $devices -- $again" >&2
+    echo "error: the run stopped; a training goes on from its last checkpoint, with any number of processes:" >&5
+    echo "  bash scripts/launch_local.sh $num --devices-per-process $devices -- $again" >&5
 fi
 exit $code

@@ -1,10 +1,11 @@
-"""What does a step hold besides weights, gradients and optimizer state? Arrays counted one by one, as autodiff keeps them.
+"""What does a step hold besides weights, gradients and optimizer state? Arrays counted as autodiff keeps them.
 
 Each term names its arrays. What a layer keeps is exact (`tests/accounting/test_memory.py` compares it with its vjp's
 residuals); what lives at once while its backward runs is the compiler's choice, and these are the arrays that it must
 have, without those that it fuses away.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from moejax.moe.router import num_slots
 from moejax.ops.attention import MAX_BLOCKS, MIN_BLOCK
 from moejax.parallel.exchange import quota
 from moejax.parallel.plan import MeshPlan
-from moejax.parallel.schedules import Schedule
+from moejax.parallel.schedules import Kind, Schedule
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class LayerMemory:
     # --- what a layer's backward holds at once
 
     def scores(self) -> float:
-        """Every block's scores and their exponentials, since nothing orders the blocks; each block's padded dk, or dv."""
+        """Every block's scores and their exponentials, since nothing orders the blocks; each one's padded dk, or dv."""
         if self.plan.size("sequence") > 1 and self.plan.config.context == "ring":
             # The own square whole, or half a square of another rank's: probabilities and their gradient.
             keys = 4 * self.tokens * self.kv_heads * self.head_dim * self.wide
@@ -209,10 +210,16 @@ def activations(config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> Acti
     kept = sum(layer.kept(kind, config.remat) for kind in kinds) / (stages * plan.config.chunks)
     stash = 0.0
     if stages > 1:  # a stage keeps its inputs alone, and a message each way; a chunk's layers are run again backward
-        schedule = Schedule(plan.config.schedule, stages, train.microbatches, plan.config.chunks)
-        stash = (schedule.slots[2] + 1 + 4) * layer.stream * layer.width
+        slots = stash_slots(plan.config.schedule, stages, train.microbatches, plan.config.chunks)
+        stash = (slots + 1 + 4) * layer.stream * layer.width
     heaviest = max(kinds, key=layer.feed_forward)
     return Activations(kept + stash, _workspace(layer, heaviest, config.remat))
+
+
+@functools.cache
+def stash_slots(schedule: Kind, stages: int, microbatches: int, chunks: int) -> int:
+    """Give the inputs that a stage keeps at once."""
+    return Schedule(schedule, stages, microbatches, chunks).slots[2]
 
 
 def _workspace(layer: LayerMemory, kind: str, policy: str) -> float:

@@ -25,7 +25,7 @@ RECOMPUTED = {
     "dots": ("enter", "leave", "mixer", "experts"),
     "full": ("enter", "leave", "mixer", "experts"),
 }
-"""What each remat policy runs again for the backward: entering tensor, the mixer's leaving it, the ring, the exchange."""
+"""What each remat policy runs again for the backward: entering tensor, the mixer's leaving, the ring, the exchange."""
 
 
 @dataclass(frozen=True)
@@ -264,8 +264,11 @@ class _Step:
 
     def stages(self) -> list[Transfer]:
         """Hand the residual stream on to the next stage, and its gradient back; every chunk does."""
-        stream = self.tokens * self.config.embed * self.width / (
-            self.plan.size("tensor") if self.plan.config.sequence_parallel else 1
+        stream = (
+            self.tokens
+            * self.config.embed
+            * self.width
+            / (self.plan.size("tensor") if self.plan.config.sequence_parallel else 1)
         )
         times = 2 * self.microbatches * self.plan.config.chunks
         return self.send(("pipeline",), "collective-permute", stream, times, "pipeline")

@@ -1,9 +1,8 @@
-"""Does the program keep to its bounds? Bytes on the wire against what the layout needs, FLOPs against the model's own."""
+"""Does the program keep to its bounds? Bytes on the wire against what the layout needs, FLOPs against the model's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
 
 from moejax.accounting.communication import RECOMPUTED, by_axes, expected_transfers
 from moejax.accounting.compiled import Collective, collectives
@@ -76,8 +75,14 @@ def exchange_line(parts: ModelParts, train: TrainConfig, rows_sent: float) -> Li
     moe, plan = parts.config.moe, parts.plan
     if moe is None or plan.size("expert") == 1 or not rows_sent:
         return None
-    sent = sum(t.bytes for t in expected_transfers(parts, train) if t.why == "expert exchange" and t.kind == "all-to-all")
-    width = 2 if parts.config.precision.compute in ("bfloat16", "float16") else int(parts.config.precision.compute[-2:]) // 8
+    sent = sum(
+        t.bytes for t in expected_transfers(parts, train) if t.why == "expert exchange" and t.kind == "all-to-all"
+    )
+    width = (
+        2
+        if parts.config.precision.compute in ("bfloat16", "float16")
+        else int(parts.config.precision.compute[-2:]) // 8
+    )
     groups = plan.degree("batch", "seq") * plan.size("pipeline")
     passes = 2 * (2 + ("experts" in RECOMPUTED[parts.config.remat]) + (plan.size("pipeline") > 1))
     alone = passes * rows_sent / groups * parts.config.embed * width

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from moejax.accounting.activations import LayerMemory, activations, width
+from moejax.accounting.activations import activations, width
 from moejax.config.model import ModelConfig
 from moejax.config.run import TrainConfig
-from moejax.models import FAMILIES, ModelParts
+from moejax.models import ModelParts
 from moejax.parallel.plan import MeshPlan
 
 
@@ -33,26 +33,52 @@ class MemoryEstimate:
         return self.params + self.gradients + self.optimizer + self.activations + self.workspace
 
 
-def estimate_memory(parts: ModelParts, train: TrainConfig) -> MemoryEstimate:
-    """Predict one device's memory at the peak of a step."""
-    plan, mesh = parts.plan, parts.plan.config
-    weights = local_bytes(plan, parts.shapes, parts.weight_specs())
-    slices = local_bytes(plan, parts.shapes, parts.state_specs())
+@dataclass(frozen=True)
+class WeightBytes:
+    """One device's bytes of all weights, of a moment of Adam's, and of a layer's weights as ZeRO-3 gathers them."""
+
+    weights: float
+    slices: float
+    gathered: float
+
+    @classmethod
+    def of(cls, parts: ModelParts) -> "WeightBytes":
+        """Count them; the same for every batch and remat policy."""
+        specs = parts.weight_specs(), parts.state_specs()
+        weights, slices = (local_bytes(parts.plan, parts.shapes, tree) for tree in specs)
+        return cls(weights, slices, gathered_elements(parts) * width(parts.config.precision.compute))
+
+
+def estimate_memory(parts: ModelParts, train: TrainConfig, counted: WeightBytes | None = None) -> MemoryEstimate:
+    """Predict one device's memory at the peak of a step; `counted` saves counting the weights again."""
+    mesh, counted = parts.plan.config, counted or WeightBytes.of(parts)
+    weights, slices = counted.weights, counted.slices
     # Stage 1 holds whole gradients until the step's one reduce-scatter, stage 2 only while accumulating slices.
     split = mesh.zero_stage == 3 or (mesh.zero_stage == 2 and train.microbatches > 1)
     gradients = slices if split else weights
-    held = activations(parts.config, plan, train)
-    layer = layer_weights(parts)
-    workspace = held.workspace
+    held = activations(parts.config, parts.plan, train)
+    workspace = held.workspace + _weights_at_work(parts, train, counted)
+    # The update overwrites Adam's moments before the new weights have read them: the compiler copies both.
+    workspace = max(workspace, 2 * slices - held.kept)
+    return MemoryEstimate(weights, gradients, 2 * slices, held.kept + _cast_weights(parts, weights), workspace)
+
+
+def _weights_at_work(parts: ModelParts, train: TrainConfig, counted: WeightBytes) -> float:
+    """Give the weights and gradients that live beside the stored ones while a microbatch runs."""
+    mesh, size = parts.plan.config, 0.0
     if train.microbatches > 1:  # a microbatch's own gradients, before they are added to the others'
-        workspace += weights / (mesh.chunks if plan.size("pipeline") > 1 else 1)
+        size += counted.weights / (mesh.chunks if parts.plan.size("pipeline") > 1 else 1)
     if mesh.zero_stage == 3:  # one layer gathered, and its gradient before the reduce-scatter
-        workspace += 2 * layer * width(parts.config.precision.compute)
-    kept = held.kept
-    if parts.config.remat == "none" and parts.config.precision.compute != parts.config.precision.params:
-        # The backward keeps each weight as it was cast.
-        kept += weights * width(parts.config.precision.compute) / width(parts.config.precision.params)
-    return MemoryEstimate(weights, gradients, 2 * slices, kept, workspace)
+        size += 2 * counted.gathered
+    return size
+
+
+def _cast_weights(parts: ModelParts, weights: float) -> float:
+    """Give the weights as they were cast, which the backward keeps unless it recomputes."""
+    precision = parts.config.precision
+    if parts.config.remat != "none" or precision.compute == precision.params:
+        return 0.0
+    return weights * width(precision.compute) / width(precision.params)
 
 
 def activation_bytes(config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> float:
@@ -64,7 +90,9 @@ def cache_bytes(config: ModelConfig, plan: MeshPlan, sequences: int, length: int
     """Give one device's key/value caches for serving: `sequences` in all, of `length` tokens each."""
     heads = config.attention.num_kv_heads / plan.degree("kv_heads")
     local = sequences / plan.degree("batch")
-    return 2.0 * config.num_layers * local * length * heads * config.attention.head_dim * width(config.precision.compute)
+    return (
+        2.0 * config.num_layers * local * length * heads * config.attention.head_dim * width(config.precision.compute)
+    )
 
 
 def local_bytes(plan: MeshPlan, shapes: Any, specs: Any) -> float:
@@ -77,14 +105,11 @@ def _part(plan: MeshPlan, shape: jax.ShapeDtypeStruct, spec: PartitionSpec) -> f
     return math.prod(shape.shape) * np.dtype(shape.dtype).itemsize / math.prod(plan.size(axis) for axis in axes)
 
 
-def layer_weights(parts: ModelParts) -> float:
-    """Count the elements of the largest layer, whole over the batch axes: what ZeRO-3 gathers at once."""
-    plan, stacked = parts.plan, 0.0
+def gathered_elements(parts: ModelParts) -> float:
+    """Count the split weights of one period of layers, whole over the batch axes: what ZeRO-3 gathers at once."""
+    plan, total = parts.plan, 0.0
     for shape, place in zip(jax.tree.leaves(parts.shapes), jax.tree.leaves(parts.placements), strict=True):
         if len(shape.shape) > len(place.axes) and place.dim is not None:
             own = math.prod(shape.shape[-len(place.axes) :])
-            stacked += own / plan.degree(*place.axes)
-    return stacked
-
-
-__all__ = ["LayerMemory", "FAMILIES", "MemoryEstimate", "activation_bytes", "cache_bytes", "estimate_memory", "local_bytes"]
+            total += own / plan.degree(*place.axes)
+    return total

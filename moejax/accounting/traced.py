@@ -45,14 +45,18 @@ def _open(jaxpr: Any) -> core.Jaxpr:
 
 def _dot_flops(equation: core.JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    shape = equation.invars[0].aval.shape
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
+    left = _shape(equation.invars[0])
+    return 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(left[d] for d in contracted)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _ragged_flops(equation: core.JaxprEqn, rows: int) -> float:
     """Every row meets one group's matrix: rows * D * F, whichever of the three products of a layer it is."""
-    left, right = (v.aval.shape for v in equation.invars[:2])
-    result = equation.outvars[0].aval.shape
+    left, right = (_shape(variable) for variable in equation.invars[:2])
+    result = _shape(equation.outvars[0])
     own = min(left[0], rows) if rows else left[0]
     if len(result) == 3:  # the weights' gradient: [R, D] x [R, F] -> [E, D, F]
         return 2.0 * own * left[1] * right[1]

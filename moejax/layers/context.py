@@ -17,8 +17,8 @@ class Context:
     """The step's arrays, handed down as an argument; local parts, the same on every tensor rank.
 
     `index_BT` is a token's place in its sequence of `length` tokens, of which this device may hold a part (`sequence`)
-    and not in order. A segment of 0 is padding: it is not routed and nobody sees it. `rows_B` are the sequences' numbers in the global
-    batch: with a key they decide dropout and noise, whatever the mesh. No key: inference.
+    and not in order. A segment of 0 is padding: it is not routed and nobody sees it. `rows_B` are the sequences'
+    numbers in the global batch: with a key they decide dropout and noise, whatever the mesh. No key: inference.
     """
 
     positions_BT: Int[Array, "B T"]

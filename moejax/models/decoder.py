@@ -74,7 +74,7 @@ class Stack(nnx.Module):
     def __call__(
         self, x_BtD: Float[Array, "B t D"], context: Context, before: Int[Array, ""] | int = 0
     ) -> tuple[Float[Array, "B t D"], list[RouterStats]]:
-        """Run every layer that is here, `before` repeats of the stack going before; stats get a leading dim of repeats."""
+        """Run every layer that is here, after `before` repeats of the stack; stats get a leading dim of repeats."""
         graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
         repeats = jax.tree.leaves(states)[0].shape[0]
 

@@ -178,7 +178,9 @@ def merge(one: Partial, other: Partial) -> Partial:
     safe_BTN = jnp.where(jnp.isneginf(max_BTN), 0.0, max_BTN)
     w1_BTN, w2_BTN = jnp.exp(lse1_BTN - safe_BTN), jnp.exp(lse2_BTN - safe_BTN)
     norm_BTN = w1_BTN + w2_BTN
-    o_BTNH = (o1_BTNH * w1_BTN[..., None] + o2_BTNH * w2_BTN[..., None]) / jnp.where(norm_BTN > 0, norm_BTN, 1)[..., None]
+    o_BTNH = (o1_BTNH * w1_BTN[..., None] + o2_BTNH * w2_BTN[..., None]) / jnp.where(norm_BTN > 0, norm_BTN, 1)[
+        ..., None
+    ]
     return o_BTNH, safe_BTN + jnp.log(norm_BTN)
 
 

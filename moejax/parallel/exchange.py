@@ -1,8 +1,8 @@
 """How do routed rows reach their experts' devices, and come back? Dropless, in a buffer that does not grow with skew.
 
 Rows are sorted by expert, so what one peer is to get is one run of them. In a round each rank sends each peer at most
-`quota` rows of its run; a hot expert takes more rounds, not more memory. The number of rounds is the same on all devices
-of a stage. The ragged way sends the rows alone (GPU); the padded one, its twin for CPUs, sends whole quotas.
+`quota` rows of its run; a hot expert takes more rounds, not more memory. The number of rounds is the same on all
+devices of a stage. The ragged way sends the rows alone (GPU); the padded one, its twin for CPUs, sends whole quotas.
 """
 
 import math

@@ -105,16 +105,13 @@ def say(text: str) -> None:
 
 
 def from_first(name: str, make: Callable[[], T]) -> T:
-    """Call `make` on process 0 alone and give what it gave, which must be JSON, on all; `name` is used once a run.
+    """Call `make` on process 0 alone and give what it gave, which must be JSON, on all; they go on together.
 
-    Where it raises, all raise: process 0 the error itself, the others ValueError with its words.
+    Where it raises, all raise: process 0 the error itself, the others ValueError with its words. A name is used once.
     """
     if jax.process_count() == 1:
         return make()
-    from jax._src import distributed  # jax has no public way to pass words between processes
-
-    client, key = distributed.global_state.client, f"moejax/{name}"
-    assert client is not None
+    client, key = _coordination(), f"moejax/{name}"
     if is_first():
         try:
             value = make()
@@ -122,11 +119,30 @@ def from_first(name: str, make: Callable[[], T]) -> T:
             client.key_value_set(key, json.dumps({"error": f"{error}" or type(error).__name__}))
             raise
         client.key_value_set(key, json.dumps({"value": value}))
+        meet(name)
         return value
     told = json.loads(client.blocking_key_value_get(key, _A_WEEK))
     if "error" in told:
         raise ValueError(f"process 0 stopped: {told['error']}")
+    meet(name)
     return told["value"]
+
+
+def meet(name: str) -> None:
+    """Wait until all processes are here; a name is used once."""
+    if jax.process_count() > 1:
+        _coordination().wait_at_barrier(f"moejax/{name}", _A_WEEK)
+
+
+def compile_together(name: str, program: Any, *arguments: Any) -> None:
+    """Compile a program that many processes are about to call, and wait for all of them; alone, do nothing.
+
+    Where one has the program in its cache, the others' compilation would keep it waiting in its first collective, and
+    gloo gives up after 30 s (jax issue 40831).
+    """
+    if jax.process_count() > 1:
+        program.lower(*arguments).compile()
+        meet(name)
 
 
 class AnyProcess:
@@ -140,6 +156,13 @@ class AnyProcess:
     def __call__(self, flag: bool) -> jax.Array:
         """Start to ask; the answer is the same everywhere, and comes after what was given to the devices before."""
         return self._any(jax.make_array_from_callback((self._size,), self._each, lambda _: np.full(1, flag)))
+
+
+def _coordination() -> Any:
+    """Give the service that the processes found each other by; jax has no public way to pass words through it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
 
 
 def _explicit(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """THE place for overlap of communication and arithmetic on GPUs: compiler flags, and matmuls that are their own ring.
 
 XLA:GPU runs collectives asynchronously on its own; what it needs is a schedule that leaves work between a collective's
-start and its end. `XLA_FLAGS` below ask for that (`experiments/cli.py` sets them where a GPU is; your own XLA_FLAGS come
-after and win). Where the schedule finds nothing to put in between, as in tensor parallelism whose matmul waits for the
+start and its end. `XLA_FLAGS` below ask for that (`experiments/cli.py` sets them where a GPU is; your own come after
+and win). Where the schedule finds nothing to put in between, as in tensor parallelism whose matmul waits for the
 whole gather, `overlap_tensor = true` in the mesh file cuts gather and matmul into ring steps: while one part is
 multiplied, the next one travels (arXiv 2302.05442, 3.1, Wang et al. ASPLOS 2023). The bytes stay the same.
 """
@@ -10,7 +10,6 @@ multiplied, the next one travels (arXiv 2302.05442, 3.1, Wang et al. ASPLOS 2023
 from collections.abc import Sequence
 from typing import Final
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -22,7 +21,7 @@ COMBINE_BYTES: Final = 128 * 2**20
 XLA_FLAGS: Final = {
     # Schedule collectives early and their uses late, by an estimate of what each costs.
     "xla_gpu_enable_latency_hiding_scheduler": "true",
-    # Let the next layer's weights be gathered, and the last one's gradients scattered, in the scan step before or after.
+    # Let the next layer's weights be gathered, and the last one's gradients scattered, a scan step before or after.
     "xla_gpu_enable_pipelined_all_gather": "true",
     "xla_gpu_enable_pipelined_reduce_scatter": "true",
     "xla_gpu_enable_pipelined_all_reduce": "true",

@@ -122,7 +122,7 @@ class MeshPlan:
         return lax.axis_index(axes) if axes else jnp.int32(0)
 
     def agree(self, x: jax.Array) -> jax.Array:
-        """Turn a value that is equal on all devices of a stage, though its type says otherwise, into an unvarying one."""
+        """Turn a value that is equal on a stage's devices, though its type says otherwise, into an unvarying one."""
         axes = tuple(sorted(varying_axes(x) - {"pipeline"}))
         return lax.pmean(x, axes) if axes else x
 

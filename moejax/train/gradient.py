@@ -1,4 +1,4 @@
-"""What is the gradient of a global batch? Microbatch after microbatch, or through a pipeline; the step and proofs share it."""
+"""What is the gradient of a global batch? One microbatch after the other, or through a pipeline."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -147,9 +147,7 @@ class _Job:
         shapes = jax.eval_shape(lambda: self.loss(self.part(params, none.chunk), empty, none)[1])
         wide = plan.config.chunks
         zeros = {key: jnp.zeros(shapes[key].shape, shapes[key].dtype) for key in ("loss", "aux")}
-        zeros["stats"] = jax.tree.map(
-            lambda s: jnp.zeros((wide * s.shape[0], *s.shape[1:]), s.dtype), shapes["stats"]
-        )
+        zeros["stats"] = jax.tree.map(lambda s: jnp.zeros((wide * s.shape[0], *s.shape[1:]), s.dtype), shapes["stats"])
         return jax.tree.map(lambda x: vary(x, ("pipeline",)), zeros)
 
     def _micro(self, work: pipeline.Work) -> Batch:

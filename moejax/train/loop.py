@@ -140,6 +140,7 @@ class Trainer:
                 return Result(first, False, validation)
             writer = stack.enter_context(contextlib.closing(self._begin(first)))
             batches = stack.enter_context(contextlib.closing(self._batches(first)))
+            compile_together("train step", self.train_step, state, batch := next(batches))
             stop, clock, queued = stack.enter_context(Stop(self.plan)), Clock(first), deque()
             while step < train.steps and not stop.agreed:
                 state, metrics = self.train_step(state, next(batches))

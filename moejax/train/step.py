@@ -113,14 +113,18 @@ def make_eval_step(parts: ModelParts) -> Any:
     def in_stages(params: Tree, buffers: Tree, batch: Batch, context: Context) -> Array:
         local = zero.localize(plan, params)
         config = parts.config
-        empty = empty_message(plan, *batch["inputs"].shape, config.embed, config.precision.compute)
+        rows, length = batch["inputs"].shape
+        empty = empty_message(plan, rows, length, config.embed, config.precision.compute)
         wide = jnp.promote_types(config.precision.compute, config.precision.accumulate)
         none = vary(jnp.zeros((), wide), ("pipeline",))
 
         def run(x: Array, work: Work) -> tuple[Array, Array]:
             model = parts.merge(parts.chunk(local, work.chunk), parts.chunk(buffers, work.chunk))
             y, _ = model.stage(x, batch["inputs"], context, work.first, work.chunk)
-            head = lambda: nats(model, Output(model.finish(y), None, []), batch).astype(wide)
+
+            def head() -> Array:
+                return nats(model, Output(model.finish(y), None, []), batch).astype(wide)
+
             return y, lax.cond(work.last, head, lambda: none)
 
         return plan.sum_over(forward_once(plan, run, empty, none), "layers")

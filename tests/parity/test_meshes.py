@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from moejax.compat import vary, varying_axes
 from moejax.accounting.contract import breaches, communication_contract, flop_contract
+from moejax.compat import vary, varying_axes
 from moejax.config.mesh import MeshConfig
 from moejax.parallel import plan as plan_module
 from moejax.parallel import rules, zero
@@ -283,7 +283,9 @@ def test_a_collective_that_nobody_declared_breaks_the_contract(monkeypatch):
     monkeypatch.setattr(MeshPlan, "leave_tensor", wasteful)
     run = TinyRun.of(proof_model("dense_tiny"), mesh_config("tensor4_data2"))
     program = run.program(BATCHES[0])
-    assert_same(run.train(initial_state(proof_model("dense_tiny")), BATCHES, program).state, one_device("dense_tiny").state)
+    assert_same(
+        run.train(initial_state(proof_model("dense_tiny")), BATCHES, program).state, one_device("dense_tiny").state
+    )
     [breach] = breaches(communication_contract(program.as_text(), run.parts, run.config.train))
     assert breach.what == "tensor all-gather"
     assert "nobody declared it" in breach.why

@@ -126,6 +126,9 @@ def test_inference_drops_no_token_where_training_overflows() -> None:
     key = jax.random.key_data(jax.random.key(0))
     dropped = [
         sum(float(layer.dropped.sum()) for stack in model(ids_BT, context).stats for layer in stack)
-        for context in (Context.of(MeshPlan.single(), segments, segments * 0, key=key), Context.of(MeshPlan.single(), segments, segments * 0))
+        for context in (
+            Context.of(MeshPlan.single(), segments, segments * 0, key=key),
+            Context.of(MeshPlan.single(), segments, segments * 0),
+        )
     ]
     assert dropped[0] > 0 and dropped[1] == 0

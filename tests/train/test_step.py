@@ -15,8 +15,8 @@ from moejax.config.run import OptimizerConfig, RunConfig
 from moejax.models import ModelParts
 from moejax.parallel.plan import MeshPlan
 from moejax.train import optimizer
-from moejax.train.state import init_state
 from moejax.train.gradient import Gradient
+from moejax.train.state import init_state
 from moejax.train.step import batch_specs, make_train_step
 from tests.conftest import assert_close, model_config
 

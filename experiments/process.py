@@ -19,6 +19,9 @@ OUR_CODE: Final = tuple(str(Path(__file__).parents[1] / package) for package in 
 PEER_WORDS: Final = ("Gloo", "NCCL", "coordination", "UNAVAILABLE", "heartbeat", "preempted")
 """What jax's errors say when a collective lost its other side."""
 
+DRIVER: Final = Path("/proc/driver/nvidia/version")
+"""There where an NVIDIA GPU can be used."""
+
 SECONDS_FOR_LAST_WORDS: Final = 2
 """How long process 0 outlives its own failure."""
 
@@ -51,8 +54,10 @@ def setup_jax() -> None:
     """Set the process up: its peers, malloc, and compiled programs kept in $MOEJAX_CACHE or ~/.cache/moejax/xla."""
     import jax
 
-    from moejax.parallel import launch
+    from moejax.parallel import launch, overlap
 
+    if DRIVER.exists() and os.environ.get("JAX_PLATFORMS") != "cpu":
+        os.environ["XLA_FLAGS"] = overlap.flags(os.environ.get("XLA_FLAGS", ""))  # heard when jax looks for devices
     launch.start()
     keep_freed_memory()
     cache = Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax" / "xla")

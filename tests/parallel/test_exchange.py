@@ -147,6 +147,36 @@ def test_any_routing_is_exact(seed):
     assert_exact(plan_of(exchange_factor=0.3), skewed(RANKS, seed), seed=seed)
 
 
+@pytest.mark.parametrize("exchange", ["padded", "ragged"])
+def test_an_expert_runs_the_rows_it_was_sent_once_and_no_padding(monkeypatch, exchange):
+    """What is run and thrown away changes no result: count it."""
+    monkeypatch.setattr(lax, "ragged_all_to_all", emulated)
+    plan, seen = plan_of(exchange_factor=0.5, exchange=exchange), []
+
+    def counting(weights, constants, x_XD, sizes_e, slots_X):
+        jax.debug.callback(
+            lambda rank, sizes: seen.append((int(rank), np.asarray(sizes))), plan.index("experts"), sizes_e
+        )
+        return run(weights, constants, x_XD, sizes_e, slots_X)
+
+    def forward(x, weights, slots, sizes):
+        return exchange_rows(plan, counting, weights, (), x, slots, sizes)
+
+    specs = (plan.spec("batch", None), plan.spec("experts", None, None), plan.spec("batch"), plan.spec("batch"))
+    program = jax.jit(plan.spmd(forward, specs, specs[0]))
+    x, weights, slots, _ = draw(RANKS)
+    for routing, rounds in ((hot, 6), (even, 2)):
+        seen.clear()
+        program(x.reshape(-1, D), weights, slots.reshape(-1), routing(RANKS).reshape(-1)).block_until_ready()
+        jax.effects_barrier()
+        total = np.zeros((RANKS, E // RANKS), int)
+        for rank, sizes in seen:
+            total[rank] += sizes
+        np.testing.assert_array_equal(total.reshape(-1), routing(RANKS).sum(0))
+        assert len(seen) == RANKS * rounds
+        assert all(sizes.sum() <= RANKS * quota(plan, R) for _, sizes in seen)
+
+
 # --- rounds and memory
 
 

@@ -36,7 +36,9 @@ port="$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0
 export MOEJAX_COORDINATOR="127.0.0.1:$port" MOEJAX_NUM_PROCESSES="$num"
 export MOEJAX_HEARTBEAT_SECONDS="${MOEJAX_HEARTBEAT_SECONDS:-10}"
 export JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo PYTHONUNBUFFERED=1
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices" # the last one counts
+# Of a flag that is there twice the last one counts. A busy machine is no reason to give up: heartbeats find the dead.
+XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+export XLA_FLAGS="$XLA_FLAGS --xla_cpu_collective_call_terminate_timeout_seconds=600"
 # Should this script be killed outright, the kernel tells its processes to save and end.
 tied=""
 if setpriv --pdeathsig TERM true 2>/dev/null; then tied="setpriv --pdeathsig TERM"; fi

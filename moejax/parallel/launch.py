@@ -134,15 +134,25 @@ def meet(name: str) -> None:
         _coordination().wait_at_barrier(f"moejax/{name}", _A_WEEK)
 
 
-def compile_together(name: str, program: Any, *arguments: Any) -> None:
-    """Compile a program that many processes are about to call, and wait for all of them; alone, do nothing.
+def together(name: str, program: Any) -> Callable[..., Any]:
+    """Give a jitted program whose first call waits until all processes have compiled it; alone, give it back.
 
-    Where one has the program in its cache, the others' compilation would keep it waiting in its first collective, and
-    gloo gives up after 30 s (jax issue 40831).
+    Where one has the program in its cache, it would wait for the others in its first collective, and gloo gives up
+    after 30 s (jax issue 40831).
     """
-    if jax.process_count() > 1:
-        program.lower(*arguments).compile()
-        meet(name)
+    if jax.process_count() == 1:
+        return program
+
+    ready: list[bool] = []
+
+    def call(*arguments: Any) -> Any:
+        if not ready:
+            program.lower(*arguments).compile()
+            meet(name)
+            ready.append(True)
+        return program(*arguments)
+
+    return call
 
 
 class AnyProcess:

@@ -20,7 +20,7 @@ from moejax.accounting.model_cost import model_cost
 from moejax.config.run import RunConfig
 from moejax.data import BatchSource, Data
 from moejax.models import ModelParts
-from moejax.parallel.launch import AnyProcess, is_first
+from moejax.parallel.launch import AnyProcess, is_first, together
 from moejax.parallel.plan import MeshPlan
 from moejax.parallel.rules import check_batch
 from moejax.train import optimizer as optimizers
@@ -96,8 +96,8 @@ class Trainer:
         check_batch(plan.rules, plan.config, train.global_batch, train.microbatches, train.seq_len)
         self.config, self.plan, self.parts, self.data, self.out = config, plan, parts, data, out
         self.optimizer = optimizers.build(config.optimizer, train.steps, parts.placements)
-        self.train_step = make_train_step(parts, self.optimizer, config)
-        self.eval_step = make_eval_step(parts)
+        self.train_step = together("train step", make_train_step(parts, self.optimizer, config))
+        self.eval_step = together("eval step", make_eval_step(parts))
         self.source = BatchSource(data.train, train.global_batch, train.microbatches)
         self.chip = find_chip(jax.devices()[0].device_kind)
         self.flops = model_cost(parts, train.seq_len).train_flops
@@ -140,7 +140,6 @@ class Trainer:
                 return Result(first, False, validation)
             writer = stack.enter_context(contextlib.closing(self._begin(first)))
             batches = stack.enter_context(contextlib.closing(self._batches(first)))
-            compile_together("train step", self.train_step, state, batch := next(batches))
             stop, clock, queued = stack.enter_context(Stop(self.plan)), Clock(first), deque()
             while step < train.steps and not stop.agreed:
                 state, metrics = self.train_step(state, next(batches))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from moejax.train.proof import Trial
 
 STEPS = 3
+LARGEST = 2e8
+"""Weights of the largest model that is proven."""
 EQUAL = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
 """Largest relative error of a leaf by the narrowest precision; state after 3 steps of Adam, which divides by the
 gradient's own size, included."""
@@ -48,16 +50,23 @@ def main(argv: list[str]) -> int:
     cli.setup_jax()
     import jax
 
-    jax.config.update("jax_enable_x64", True)
+    cli.prepare_out(arguments.out, config, resume=False)
+    with jax.enable_x64(True):
+        report = prove(config, jax.devices(), options.own_precision)
+    (arguments.out / "result.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    print("proven" if report["proven"] else "BREACH", f"({arguments.out / 'result.json'})")
+    return 0 if report["proven"] else 1
+
+
+def prove(config: RunConfig, devices: Any, own_precision: bool) -> dict[str, Any]:
+    """Answer the three questions, printing each table; give them all."""
     from moejax.train.proof import in_float64
 
     exact = dataclasses.replace(config, model=in_float64(config.model))
-    configs = [exact, config] if options.own_precision else [exact]
-    cli.prepare_out(arguments.out, config, resume=False)
     report: dict[str, Any] = {"mesh": dataclasses.asdict(config.mesh), "model": config.model.name, "equality": {}}
     good = True
-    for number, each in enumerate(configs):
-        errors, trial, batch, rows_sent = compare(each, jax.devices())
+    for number, each in enumerate([exact, config] if own_precision else [exact]):
+        errors, trial, batch, rows_sent = compare(each, devices)
         name = "float64" if number == 0 else narrowest(each)
         report["equality"][name] = {
             part: dict(zip(("error", "leaf"), worst(leaves), strict=True)) for part, leaves in errors.items()
@@ -67,10 +76,7 @@ def main(argv: list[str]) -> int:
             lines = contracts(trial, batch, rows_sent)
             report["contract"] = [dataclasses.asdict(line) | {"kept": line.kept} for line in lines]
             good &= show_contract(lines)
-    report["proven"] = good
-    (arguments.out / "result.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-    print("proven" if good else "BREACH", f"({arguments.out / 'result.json'})")
-    return 0 if good else 1
+    return report | {"proven": good}
 
 
 def sized(config: RunConfig, options: argparse.Namespace) -> RunConfig:
@@ -92,10 +98,16 @@ def narrowest(config: RunConfig) -> str:
 
 def compare(config: RunConfig, devices: Any) -> tuple[dict[str, dict[str, float]], "Trial", dict, list[float]]:
     """Train a few steps on one device and on the mesh; give each leaf's relative error."""
+    from moejax.accounting.model_cost import model_cost
     from moejax.config.mesh import MeshConfig
     from moejax.train.proof import Trial, proof_batch, relative_errors, to_numpy
 
     mesh = Trial.of(config, devices)
+    if (total := model_cost(mesh.parts, config.train.seq_len).total_params) > LARGEST:
+        raise ValueError(
+            f"the model ({total / 1e6:,.0f} M weights) must have at most {LARGEST / 1e6:,.0f} M: its twin runs on one "
+            "device in float64, and a layout is proven as well by a narrow model (--model.embed 64 --model.vocab 256 …)"
+        )
     single = Trial.of(dataclasses.replace(config, mesh=MeshConfig()), devices[:1])
     train = config.train
     shape = (config.model.vocab, train.global_batch, train.seq_len, train.microbatches)

@@ -5,6 +5,7 @@ residuals); what lives at once while its backward runs is the compiler's choice,
 have, without those that it fuses away.
 """
 
+import collections
 import functools
 import math
 from dataclasses import dataclass
@@ -205,9 +206,11 @@ class LayerMemory:
 def activations(config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> Activations:
     """Count what one device holds of activations at the peak of a step."""
     layer = LayerMemory(config, plan, train)
-    kinds = FAMILIES[config.name].layers(config)
+    kinds = collections.Counter(FAMILIES[config.name].layers(config))
     stages = plan.size("pipeline")
-    kept = sum(layer.kept(kind, config.remat) for kind in kinds) / (stages * plan.config.chunks)
+    kept = sum(number * layer.kept(kind, config.remat) for kind, number in kinds.items()) / (
+        stages * plan.config.chunks
+    )
     stash = 0.0
     if stages > 1:  # a stage keeps its inputs alone, and a message each way; a chunk's layers are run again backward
         slots = stash_slots(plan.config.schedule, stages, train.microbatches, plan.config.chunks)

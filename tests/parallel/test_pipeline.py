@@ -91,7 +91,11 @@ def test_slots_that_are_used_again_change_nothing(mesh):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mesh", [MeshConfig(pipeline=4, data=2), RINGS], ids=["plain", "interleaved-ring"])
+@pytest.mark.parametrize(
+    "mesh",
+    [dataclasses.replace(INTERLEAVED, data=2), MeshConfig(pipeline=4, sequence=2)],
+    ids=["interleaved", "ring"],
+)
 def test_evaluation_in_stages_is_one_device_s(mesh):
     seen = []
     for config in (mesh_config("single"), mesh):

@@ -17,5 +17,6 @@ if [ $# = 0 ]; then
     echo "== pyright"
     python pyright --pythonpath "$VENV/bin/python"
     echo "== pytest"
+    set -- -n 2 --dist loadgroup # a file's tests stay together: see tests/conftest.py
 fi
 python pytest "$@"

@@ -101,3 +101,12 @@ def tiny_model(request: pytest.FixtureRequest) -> ModelConfig:
 def mesh(request: pytest.FixtureRequest) -> MeshConfig:
     """Run the test once for each mesh of 8 devices."""
     return mesh_config(request.param)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests on one worker (`-n 2 --dist loadgroup`): they share what is dear to make. Parity is long, and
+    shares by model."""
+    for item in items:
+        params = getattr(item, "callspec", None)
+        model = params.params.get("model", "") if params and "parity" in item.path.parts else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}/{model}"))

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
@@ -21,6 +22,9 @@ PEER_WORDS: Final = ("Gloo", "NCCL", "coordination", "UNAVAILABLE", "heartbeat",
 
 DRIVER: Final = Path("/proc/driver/nvidia/version")
 """There where an NVIDIA GPU can be used."""
+
+LOST_PEER: Final = 3
+"""Exit code of a process that is blameless: starting again may help."""
 
 SECONDS_FOR_LAST_WORDS: Final = 2
 """How long process 0 outlives its own failure."""
@@ -92,10 +96,15 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
             traceback.print_exc()
         else:
             print(f"error: {message}", file=sys.stderr)
-        code = 1 if message is None else 2
+        code = 1 if message is None else LOST_PEER if _is_lost_peer(error) else 2
     if _has_peers():
         _leave(code)
     return code
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Say whether a collective failed because another process is gone; most often jax ends this one before."""
+    return _has_peers() and type(error).__name__ == "JaxRuntimeError" and any(word in str(error) for word in PEER_WORDS)
 
 
 def _leave(code: int) -> NoReturn:
@@ -105,6 +114,7 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:  # jax aborts those that lose it, before they can say anything themselves
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that saw the others end would cut it short
         time.sleep(SECONDS_FOR_LAST_WORDS)
     os._exit(code)
 
@@ -122,7 +132,7 @@ def user_message(error: Exception) -> str | None:
     """
     if "RESOURCE_EXHAUSTED" in str(error):
         return f"out of device memory; lower train.global_batch, or raise train.microbatches: {_first_line(error)}"
-    if _has_peers() and type(error).__name__ == "JaxRuntimeError" and any(word in str(error) for word in PEER_WORDS):
+    if _is_lost_peer(error):
         return f"lost another process of this run; start all of them again with --resume: {_first_line(error)}"
     if isinstance(error, (OSError, FloatingPointError)):
         return str(error)

@@ -84,8 +84,8 @@ if [ $code != 0 ]; then
 fi
 wait_for 2 "${printers[@]}"
 if [ $code != 0 ] && [ -z "$stopping" ]; then
-    again="$*"; case " $again " in *" --resume "*) ;; *) again="$again --resume" ;; esac
+    again="$(printf ' %q' "$@")"; case "$again " in *" --resume "*) ;; *) again="$again --resume" ;; esac
     echo "error: the run stopped; a training goes on from its last checkpoint, with any number of processes:" >&5
-    echo "  bash scripts/launch_local.sh $num --devices-per-process $devices -- $again" >&5
+    echo "  bash scripts/launch_local.sh $num --devices-per-process $devices --$again" >&5
 fi
 exit $code

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import cli
+from moejax.axes import MESH_AXES
 from moejax.config import load
 
 if TYPE_CHECKING:
     from moejax.accounting.candidates import Candidate, Rejected
     from moejax.accounting.chips import Chip
     from moejax.accounting.roofline import Assumptions, StepTime
-
-SHOWN = ("pipeline", "data", "sequence", "expert", "tensor")
 
 
 class Ranked(NamedTuple):
@@ -93,7 +92,7 @@ def main(argv: list[str]) -> int:
     write_mesh(arguments.out / "mesh.toml", best[0], options)
     draw(best, chip, arguments.out / "memory.png")
     if options.serve:
-        print(serving(first, options.serve))
+        print(serving(best, options.serve))
     report = {"devices": options.devices, "chip": options.chip} | counts
     report["best"] = [row(ranked) for ranked in best]
     if options.compile:
@@ -136,8 +135,9 @@ def describe(counts: dict[str, int], options: Any, config: Any, assume: "Assumpt
     return (
         f"\n{counts['layouts']} layouts of {options.devices} x {options.chip} in {seconds:.1f} s: {counts['fit']} fit, "
         f"{counts['rejected']} do not. {train.global_batch} sequences of {train.seq_len} tokens a step.\n"
-        f"Assumed: matmuls reach {assume.matmul:.0%} of the peak, links {assume.link:.0%} of theirs; weights, gradients\n"
-        f"and ring keys hide behind {assume.overlap:.0%} of the computing; {assume.headroom:.0%} of memory may be used."
+        f"Assumed: matmuls reach {assume.matmul:.0%} of the peak, links {assume.link:.0%} of theirs; weights,\n"
+        f"gradients and ring keys hide behind {assume.overlap:.0%} of the computing; {assume.headroom:.0%} of memory "
+        "may be used."
     )
 
 
@@ -157,7 +157,7 @@ def row(ranked: Ranked) -> dict[str, Any]:
 def label(candidate: "Candidate") -> str:
     """Name a layout in a few words."""
     mesh = candidate.parts.plan.config
-    axes = " ".join(f"{axis[:4]}{size}" for axis, size in zip(SHOWN, mesh.degrees(), strict=True) if size > 1)
+    axes = " ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, mesh.degrees(), strict=True) if size > 1)
     schedule = f" {mesh.schedule}" + (f" v{mesh.chunks}" if mesh.chunks > 1 else "") if mesh.pipeline > 1 else ""
     context = f" {mesh.context}" if mesh.sequence > 1 else ""
     return f"{axes or 'one device'} zero{mesh.zero_stage}{context}{schedule}"
@@ -165,23 +165,22 @@ def label(candidate: "Candidate") -> str:
 
 def print_table(best: Sequence[Ranked]) -> None:
     """Print the layouts, the fastest first."""
-    print("\nGB on one device; GB that it sends in a step; seconds of a step: computing, waiting for links, bubble")
-    print(
-        f"{'layout':46} {'micro':>5} {'remat':>5} |"
-        f"{'weights':>8}{'grad':>6}{'opt':>6}{'kept':>6}{'work':>6}{'total':>7} |"
-        f"{'nvlink':>7}{'net':>6} |{'comp':>6}{'wait':>6}{'bubble':>7}{'step':>7} {'MFU':>6}"
-    )
+    kinds = ("weights", "grads", "optim", "kept", "work", "total")
+    heads = [
+        f"{'layout':54}{'micro':>6}{'remat':>6} ",
+        *(f"{kind:>8}" for kind in kinds),
+        f"{'nvlink':>10}{'network':>8}",
+    ]
+    print(f"\n{'':67}GB on one device at the peak{'':27}GB sent a step{'':8}seconds of a step")
+    print("".join(heads) + "  " + "".join(f"{name:>9}" for name in ("compute", "wait", "bubble", "step", "MFU")))
     for candidate, step in best:
         memory = candidate.memory
-        kinds = (memory.gradients, memory.optimizer, memory.activations, memory.workspace)
-        print(
-            f"{label(candidate):46} {candidate.train.microbatches:5} {candidate.parts.config.remat:>5} |"
-            f"{memory.params / 1e9:8.1f}"
-            + "".join(f"{kind / 1e9:6.1f}" for kind in kinds)
-            + f"{memory.total / 1e9:7.1f} |"
-            f"{step.nvlink / 1e9:7.0f}{step.network / 1e9:6.0f} |"
-            f"{step.compute:6.2f}{step.exposed:6.2f}{step.bubble:7.2f}{step.total:7.2f} {step.mfu:6.1%}"
-        )
+        sizes = (memory.params, memory.gradients, memory.optimizer, memory.activations, memory.workspace, memory.total)
+        figures = [f"{size / 1e9:9.3g}" for size in sizes]
+        figures += [f"  {step.nvlink / 1e9:9.3g}{step.network / 1e9:9.3g}  "]
+        figures += [f"{time:9.3g}" for time in (step.compute, step.exposed, step.bubble, step.total)]
+        split = f"{candidate.train.microbatches:6}{candidate.parts.config.remat:>6} "
+        print(f"{label(candidate):54}{split}{''.join(figures)}{step.mfu:9.1%}")
 
 
 def write_mesh(path: Path, best: Ranked, options: Any) -> None:
@@ -210,18 +209,22 @@ def draw(best: Sequence[Ranked], chip: "Chip", path: Path) -> None:
     plot_memory(bars, chip.memory, "What is in a device's memory?", path)
 
 
-def serving(candidate: "Candidate", sequences: int) -> str:
-    """Say what each device holds when the model answers `sequences` at a time; raise ValueError where it cannot."""
+def serving(best: Sequence[Ranked], sequences: int) -> str:
+    """Say what each device holds when the best layout that can decode answers `sequences` at a time."""
     from moejax.accounting.candidates import on_paper, paper_plan
     from moejax.accounting.memory import WeightBytes, cache_bytes
 
-    plan = paper_plan(candidate.parts.plan.config.for_decoding())
-    weights = WeightBytes.of(on_paper(candidate.parts, plan)).weights
-    cache = cache_bytes(candidate.parts.config, plan, sequences, candidate.train.seq_len)
-    return (
-        f"serving {sequences} sequences of {candidate.train.seq_len} tokens: "
-        f"weights {weights / 1e9:.1f} GB, caches {cache / 1e9:.1f} GB a device"
-    )
+    for candidate, _ in best:
+        mesh, length = candidate.parts.plan.config, candidate.train.seq_len
+        if mesh.pipeline == mesh.sequence == 1:
+            plan = paper_plan(mesh.for_decoding())
+            weights = WeightBytes.of(on_paper(candidate.parts, plan)).weights
+            cache = cache_bytes(candidate.parts.config, plan, sequences, length)
+            return (
+                f"serving {sequences} sequences of {length} tokens on {label(candidate)}: "
+                f"weights {weights / 1e9:.3g} GB, caches {cache / 1e9:.3g} GB a device"
+            )
+    return "serving: all layouts shown split layers or positions, which is for training: raise --top"
 
 
 def compile_ahead(config: Any, number: int, chip: "Chip", best: Ranked) -> dict[str, Any]:

@@ -68,8 +68,10 @@ def _weights_at_work(parts: ModelParts, train: TrainConfig, counted: WeightBytes
     mesh, size = parts.plan.config, 0.0
     if train.microbatches > 1:  # a microbatch's own gradients, before they are added to the others'
         size += counted.weights / (mesh.chunks if parts.plan.size("pipeline") > 1 else 1)
-    if mesh.zero_stage == 3:  # one layer gathered, and its gradient before the reduce-scatter
-        size += 2 * counted.gathered
+    if mesh.zero_stage == 3:
+        # One layer gathered, and its gradient before the reduce-scatter; and, as seen on GPUs (CPUs do without), all
+        # stored parts once more, laid out for gathering before the loop over the layers.
+        size += 2 * counted.gathered + counted.weights
     return size
 
 

@@ -7,16 +7,12 @@ import jax
 import pytest
 
 from moejax.accounting.chips import find_chip
-from moejax.accounting.memory import activation_bytes, estimate_memory
 from moejax.accounting.model_cost import model_cost
-from moejax.config.run import TrainConfig
 from moejax.layers.context import Context
 from moejax.models import ModelParts
 from moejax.parallel.plan import MeshPlan
-from moejax.train.state import abstract_state
-from moejax.train.step import make_train_step
-from tests.conftest import assert_close, mesh_config, model_config
-from tests.tiny_runs import LENGTH, TinyRun, make_batch
+from tests.conftest import model_config
+from tests.tiny_runs import LENGTH, make_batch
 
 
 def cost_of(name: str, seq_len: int = LENGTH, **changes):
@@ -82,58 +78,6 @@ def test_flops_are_those_of_the_program_s_matmuls(name):
         active = config.moe.router.num_active
         combining = sparse * 2 * config.moe.num_experts * (active + config.embed)
     assert flops_of(traced.jaxpr) / tokens == expected + combining
-
-
-@pytest.mark.parametrize("mesh", ["data8", "zero1", "zero3_tensor2_sp"])
-def test_weights_and_optimizer_state_fill_what_the_compiler_says(mesh):
-    """To the byte: what else the step takes is its batch, without the bytes that it does not read, and five counts."""
-    run = TinyRun.of(model_config("dense_tiny"), mesh_config(mesh))
-    step = make_train_step(run.parts, run.optimizer, run.config)
-    batch = make_batch(0)
-    batch["weights"] = batch["weights"].astype("float32")
-    read = [array for key, array in batch.items() if key != "bytes"]
-    compiled = step.lower(abstract_state(run.parts, run.optimizer), batch).compile()
-    estimate = estimate_memory(run.parts, run.config.train)
-    local_batch = sum(array.nbytes for array in read) // run.parts.plan.degree("batch")
-    arguments = compiled.memory_analysis().argument_size_in_bytes
-    assert arguments == estimate.params + estimate.optimizer + local_batch + 5 * 4
-
-
-@pytest.mark.parametrize(
-    ("mesh", "microbatches", "expected"),
-    [
-        ("data8", 1, (1, 1, 2)),
-        ("zero1", 1, (1, 1, 1 / 4)),
-        ("zero2", 1, (1, 1, 1 / 4)),
-        ("zero2", 2, (1, 1 / 8, 1 / 4)),
-        ("zero3", 2, (1 / 8, 1 / 8, 1 / 4)),
-    ],
-)
-def test_each_zero_stage_splits_its_kind_of_state(mesh, microbatches, expected):
-    run = TinyRun.of(model_config("mixtral_tiny"), mesh_config(mesh), microbatches=microbatches)
-    whole = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(run.parts.shapes))
-    estimate = estimate_memory(run.parts, run.config.train)
-    assert (estimate.params, estimate.gradients, estimate.optimizer) == tuple(part * whole for part in expected)
-    assert estimate.total == estimate.params + estimate.gradients + estimate.optimizer + estimate.activations
-
-
-def test_activations_shrink_with_what_is_recomputed_and_what_is_split():
-    train = TrainConfig(global_batch=16, seq_len=256)
-
-    def activations(mesh="single", microbatches=1, **changes):
-        config = dataclasses.replace(model_config("bench_mixtral"), **changes)
-        devices = jax.devices()[: 1 if mesh == "single" else 8]
-        plan = MeshPlan.from_config(mesh_config(mesh), devices)
-        return activation_bytes(config, plan, dataclasses.replace(train, microbatches=microbatches))
-
-    none, names, full = (activations(remat=policy) for policy in ("none", "names", "full"))
-    assert none > names > full
-    assert_close(activations(microbatches=4), none / 4)
-    assert_close(activations("data8"), none / 8)
-    assert none / 2 > activations("tensor4_data2") > activations("tensor4_data2_sp") > none / 8
-    naive = dataclasses.replace(model_config("bench_mixtral").attention, implementation="naive")
-    layers, heads, scores = 4, 8, 256
-    assert_close(activations(attention=naive) - none, 16.0 * 256 * layers * heads * (scores - 1) * 4)
 
 
 @pytest.mark.parametrize(

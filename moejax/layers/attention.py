@@ -73,7 +73,8 @@ class Attention(nnx.Module):
         return self._out(o_BTNH), cache
 
     def _out(self, o_BTNH: Array) -> Array:
-        w_ND = read(self.out, self.dtype).reshape(-1, self.out.shape[-1])
+        w_NHD = read(self.out, self.dtype)
+        w_ND = w_NHD.reshape(-1, w_NHD.shape[-1])
         return row_parallel(self.plan, o_BTNH.reshape(*o_BTNH.shape[:2], -1), w_ND)
 
     def _project(self, x_BtD: Array) -> list[Array]:

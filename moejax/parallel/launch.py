@@ -12,6 +12,8 @@ The first that is there counts; where none is, there is one process. MOEJAX_NUM_
 
 import json
 import os
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -32,6 +34,12 @@ HEARTBEAT: Final = "MOEJAX_HEARTBEAT_SECONDS"
 
 HEARTBEAT_SECONDS: Final = 60
 """A process that is silent for so long is dead: jax then ends the others, at once and without an exception."""
+
+JOIN_SECONDS: Final = 300
+"""How long a process looks for the others at the start."""
+
+PATIENCE_SECONDS: Final = 15
+"""When it says so."""
 
 SLURM: Final = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 """What jax's own detection wants to see; a batch script outside of srun has not all of them."""
@@ -76,8 +84,15 @@ def start() -> None:
     if launch is None or jax.distributed.is_initialized():
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the loop
+    waiting = threading.Timer(PATIENCE_SECONDS, _tell_of_waiting, (launch,))  # where jax gives up, it aborts
+    waiting.daemon = True
+    waiting.start()
     try:
-        jax.distributed.initialize(**launch.arguments, heartbeat_timeout_seconds=launch.heartbeat_seconds)
+        jax.distributed.initialize(
+            **launch.arguments,
+            heartbeat_timeout_seconds=launch.heartbeat_seconds,
+            initialization_timeout=JOIN_SECONDS,
+        )
     except (RuntimeError, ValueError, TypeError, ImportError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -85,6 +100,18 @@ def start() -> None:
             f"{reason}): {_HINTS.get(launch.by, '')}set {COORDINATOR}, {NUM_PROCESSES} and {PROCESS_ID}, or "
             f"{NUM_PROCESSES}=1 for a single process"
         ) from error
+    finally:
+        waiting.cancel()
+
+
+def _tell_of_waiting(launch: Launch) -> None:
+    where = launch.arguments.get("coordinator_address", "process 0")
+    print(
+        f"waiting for {where} and the other processes (known from {launch.by} in the environment); "
+        f"after {JOIN_SECONDS} s jax ends this one",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 _HINTS: Final = {

@@ -1,5 +1,7 @@
 """Who says that there are many processes, what is jax told, and what does a mistake sound like? Starts no process."""
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -110,7 +112,7 @@ def test_nothing_is_started_for_a_single_process(monkeypatch: pytest.MonkeyPatch
 )
 def test_peers_that_are_not_found_are_one_line(environment, hint, monkeypatch: pytest.MonkeyPatch, capsys):
     def refuse(**arguments):
-        assert arguments["heartbeat_timeout_seconds"] == 60
+        assert (arguments["heartbeat_timeout_seconds"], arguments["initialization_timeout"]) == (60, 300)
         raise RuntimeError("DEADLINE_EXCEEDED: nobody\nis there")
 
     for name, value in environment.items():
@@ -125,6 +127,22 @@ def test_peers_that_are_not_found_are_one_line(environment, hint, monkeypatch: p
     assert error.count("\n") == 1
     assert error.startswith("error: cannot join the other processes, as ")
     assert "DEADLINE_EXCEEDED: nobody is there" in error and hint in error
+
+
+def test_a_long_wait_says_for_whom(monkeypatch: pytest.MonkeyPatch, capsys):
+    for name, value in OURS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: time.sleep(0.2))
+    before = jax.config.jax_enable_preemption_service  # type: ignore[attr-defined]
+    try:
+        launch.start()
+    finally:
+        jax.config.update("jax_enable_preemption_service", before)
+    assert capsys.readouterr().err == (
+        "waiting for node1:1234 and the other processes (known from MOEJAX_COORDINATOR in the environment); "
+        "after 300 s jax ends this one\n"
+    )
 
 
 def test_alone_the_first_process_decides_and_speaks(capsys):

@@ -35,7 +35,7 @@ def plot_memory(bars: Sequence[tuple[str, MemoryEstimate]], capacity: float, tit
         axes.barh(place, size, left=left, color=color, label=NAMES.get(kind, kind))
         left += size
     for y, total in zip(place, left, strict=True):
-        axes.text(total, y, f" {total:.3g}", va="center", fontsize=8)
+        axes.text(total, float(y), f" {total:.3g}", va="center", fontsize=8)
     axes.axvline(capacity / 1e9, color="black", linestyle="--", label="capacity")
     axes.set(
         xlabel="GB on one device at the peak of a step", title=title, xlim=(0, 1.1 * max(capacity / 1e9, left.max()))

@@ -18,6 +18,10 @@ HIDDEN = ("weights", "gradients", "context parallelism")
 """Traffic that nothing waits for at once: the next layer's weights, this one's gradients, the ring's next keys."""
 
 
+Sent = tuple[Transfer, float, float]
+"""A transfer, and its bytes on NVLink and on the network."""
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """What a real step reaches of the peaks; every field can be set on the command line."""
@@ -110,21 +114,24 @@ def step_time(
     """Predict a step."""
     plan = parts.plan
     compute, bubble = compute_time(parts, train, chip, assume)
-    sent = [(t, *link_bytes(plan, chip, t)) for t in expected_transfers(parts, train)]
+    sent: list[Sent] = []
+    for transfer in expected_transfers(parts, train):
+        near, far = link_bytes(plan, chip, transfer)
+        sent.append((transfer, near, far))
     hidden = _seconds([s for s in sent if s[0].why in HIDDEN], chip, assume)
     waited = _seconds([s for s in sent if s[0].why not in HIDDEN], chip, assume)
     exposed = waited + max(0.0, hidden - assume.overlap * compute)
     # A stage that waits for its links makes the others wait in the bubble too.
     bubble *= 1 + waited / compute
     update = 2 * (memory.params + memory.gradients + memory.optimizer) / chip.bandwidth
-    nvlink, network = (sum(s[k] for s in sent) for k in (1, 2))
+    nvlink, network = sum(near for _, near, _ in sent), sum(far for _, _, far in sent)
     time = StepTime(compute, exposed, update, bubble, nvlink, network)
     model_flops = model_cost(parts, train.seq_len).train_flops * train.global_batch * train.seq_len
     peak = chip.flops[parts.config.precision.compute] * plan.mesh.size
     return StepTime(compute, exposed, update, bubble, nvlink, network, model_flops / peak / time.total)
 
 
-def _seconds(sent: Sequence[tuple[Transfer, float, float]], chip: Chip, assume: Assumptions) -> float:
+def _seconds(sent: Sequence[Sent], chip: Chip, assume: Assumptions) -> float:
     """Give the time of transfers one after the other; each takes as long as its slower link."""
     network = assume.network or chip.network
     return sum(max(near / (chip.nvlink or network), far / network) / assume.link for _, near, far in sent)

@@ -241,7 +241,9 @@ def compile_ahead(config: Any, number: int, chip: "Chip", best: Ranked) -> dict[
     from moejax.train.state import abstract_state
     from moejax.train.step import BATCH_KEYS, batch_specs, make_train_step
 
-    print(f"compiling for {number} x H200 (minutes) ...", flush=True)
+    # Code that picks by `jax.default_backend()` sees this machine's; XLA's ragged_dot would hold E times the rows.
+    experts = "" if config.model.moe is None else ", experts in blocked loops, not by XLA's ragged_dot"
+    print(f"compiling for {number} x H200{experts} (minutes) ...", flush=True)
     began, train = time.perf_counter(), config.train
     plan = MeshPlan.from_config(config.mesh, h200_devices(number, chip))
     parts = ModelParts.of(config.model, plan)

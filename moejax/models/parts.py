@@ -15,6 +15,7 @@ from moejax.config.model import ModelConfig
 from moejax.models.build import FAMILIES, build
 from moejax.models.decoder import Decoder, periods
 from moejax.parallel.plan import MeshPlan
+from moejax.parallel.zero import place_outside_stages
 
 Tree = Any
 STACKS = "stacks"
@@ -38,7 +39,12 @@ class ModelParts:
         model = nnx.eval_shape(lambda: build(config, plan, nnx.Rngs(0)))
         graph, params, buffers = nnx.split(model, nnx.Param, ...)
         placements = jax.tree.map(lambda p: p.placement, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        return cls(config, plan, graph, *map(_plain, (params, placements, buffers)))
+        shapes, places, buffer_shapes = map(_plain, (params, placements, buffers))
+        # Only whole weights may do this: a stage-3 weight is gathered where it is read, by its own placement.
+        places = jax.tree_util.tree_map_with_path(
+            lambda path, p, s: p if _stacked(path) else place_outside_stages(plan, p, s.shape), places, shapes
+        )
+        return cls(config, plan, graph, shapes, places, buffer_shapes)
 
     def merge(self, params: Tree, buffers: Tree) -> Decoder:
         """Put a model together around values (local parts, inside the program)."""
@@ -130,10 +136,11 @@ class ModelParts:
 
 
 def _map_stacked(f: Any, tree: Tree) -> Tree:
-    def either(path: Any, leaf: Any) -> Any:
-        return f(leaf) if any(getattr(key, "key", None) == STACKS for key in path) else leaf
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: f(leaf) if _stacked(path) else leaf, tree)
 
-    return jax.tree_util.tree_map_with_path(either, tree)
+
+def _stacked(path: Any) -> bool:
+    return any(getattr(key, "key", None) == STACKS for key in path)
 
 
 def _plain(state: nnx.State) -> Tree:

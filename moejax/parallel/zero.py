@@ -53,19 +53,29 @@ class Placement:
         return PartitionSpec(*spec)
 
 
-def place(plan: MeshPlan, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Placement:
-    """Choose the ZeRO dim of a weight: its largest dim that no mesh axis splits and that divides by the batch axes.
+def place(
+    plan: MeshPlan, axes: tuple[str | None, ...], shape: tuple[int, ...], replicas: tuple[str, ...] = BATCH_AXES
+) -> Placement:
+    """Choose the ZeRO dim of a weight: its largest dim that no mesh axis splits and that divides by its replicas.
 
     A weight without such a dim (a norm's scale, say) stays whole on every rank.
     """
     stage = plan.config.zero_stage
     taken = plan.axes_of(*axes)
-    over = tuple(a for a in BATCH_AXES if plan.size(a) > 1 and a not in taken)
+    over = tuple(a for a in replicas if plan.size(a) > 1 and a not in taken)
     degree = math.prod(plan.size(a) for a in over)
     free = [k - len(shape) for k, (name, n) in enumerate(zip(axes, shape, strict=True)) if _free(plan, name, n, degree)]
     if stage == 0 or degree == 1 or not free:
         return Placement(axes, None, (), stage)
     return Placement(axes, max(free, key=lambda k: shape[k]), over, stage)
+
+
+def place_outside_stages(plan: MeshPlan, placement: Placement, shape: tuple[int, ...]) -> Placement:
+    """Split the optimizer state of what every stage holds (embedding, head) over the stages too: ZeRO 1."""
+    if placement.stage != 1 or plan.size("pipeline") == 1:
+        return placement
+    wider = place(plan, placement.axes, shape, ("pipeline", *BATCH_AXES))
+    return wider if wider.dim is not None else placement
 
 
 def _free(plan: MeshPlan, name: str | None, size: int, degree: int) -> bool:

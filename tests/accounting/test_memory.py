@@ -173,12 +173,17 @@ def residual_bytes(config: ModelConfig, mesh: MeshConfig, rows: int) -> float:
     return float(sum(sizes))
 
 
-@pytest.mark.parametrize("mesh", ["single", "tensor_sp", "tensor4", "ring", "expert"])
-@pytest.mark.parametrize("kind", ["dense", "mixtral", "switch", "shared"])
-@pytest.mark.parametrize("remat", ["none", "dots", "names", "full"])
+KEPT = [
+    *[("dense", "none", mesh) for mesh in ("single", "tensor_sp", "tensor4", "ring")],
+    *[(kind, "none", mesh) for kind in ("mixtral", "switch", "shared") for mesh in ("single", "tensor_sp", "expert")],
+    *[(kind, "dots", mesh) for kind in ("dense", "mixtral", "switch", "shared") for mesh in ("single", "tensor_sp")],
+    *[(kind, remat, "tensor_sp") for kind in ("dense", "mixtral") for remat in ("names", "full")],
+    ("mixtral", "none", "ring"),
+]
+
+
+@pytest.mark.parametrize(("kind", "remat", "mesh"), KEPT)
 def test_a_layer_keeps_what_its_vjp_closes_over(kind: str, remat: str, mesh: str):
-    if kind == "dense" and mesh == "expert":
-        pytest.skip("a dense model has no experts to split")
     config, rows = model(kind, remat), 16
     layer = LayerMemory(config, make_plan(MESHES[mesh]), TrainConfig(global_batch=rows, seq_len=LENGTH))
     expected = residual_bytes(config, MESHES[mesh], rows)
@@ -226,7 +231,7 @@ def error(kind: str, remat: str, mesh: str, microbatches: int) -> float:
     arrays = {k: jax.ShapeDtypeStruct(shape, d, sharding=run.parts.plan.place(specs[k])) for k, d in kinds.items()}
     step = make_train_step(run.parts, run.optimizer, run.config)
     lowered = step.lower(abstract_state(run.parts, run.optimizer), arrays)
-    compiled = lowered.compile({"xla_cpu_enable_concurrency_optimized_scheduler": False}).memory_analysis()
+    compiled = lowered.compile({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}).memory_analysis()
     total = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
     return estimate_memory(run.parts, run.config.train).total / total - 1
 

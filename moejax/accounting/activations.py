@@ -150,7 +150,7 @@ class LayerMemory:
         if kind == "dense":
             return 4 * self.tokens * self.config.ffn / self.plan.size("tensor") * self.width
         rows = 4 * self.config.embed * self.places
-        if self.plan.size("expert") > 1 and self.way != "dense":
+        if self.plan.size("expert") > 1 and self.way == "sorted":
             rows = (2 * self.routed + 4 * self.places) * self.config.embed
         hidden = (4 if self.way != "sorted" else 2) * self.places * self.expert_ffn
         shared = 4 * self.tokens * self._moe.num_shared_experts * self.expert_ffn
@@ -228,16 +228,17 @@ def stash_slots(schedule: Kind, stages: int, microbatches: int, chunks: int) -> 
 def _workspace(layer: LayerMemory, kind: str, policy: str) -> float:
     """Give what is at work beside what is kept: the arrays that the compiler may hold at the same time.
 
-    The loops over sorted experts stand between loss, attention and experts: the largest counts. With an exchange the
-    scores are made before the experts run; without loops everything may overlap.
+    The loops over sorted experts stand between loss, attention and experts: the largest counts. An exchange stands
+    between the loss and the rest, and the scores are made before it. Without either everything may overlap.
     """
     attention, hidden, loss = layer.scores(), layer.feed_forward(kind), layer.loss()
     work = 0.0 if policy == "none" else layer.recomputed(kind) - hidden
     if policy == "none":  # nothing is recomputed: gradients alone
         hidden /= 2
-    if kind == "sparse" and layer.way == "sorted":
-        if layer.plan.size("expert") == 1:
-            return work + max(attention, hidden, loss)
+    exchanged = layer.plan.size("expert") > 1
+    if kind == "sparse" and layer.way == "sorted" and not exchanged:
+        return work + max(attention, hidden, loss)
+    if kind == "sparse" and exchanged:
         return work + max(attention + hidden, loss)
     if policy == "none" or layer.plan.size("pipeline") > 1:
         return work + attention + max(hidden, loss)

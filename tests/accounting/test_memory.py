@@ -201,7 +201,7 @@ def test_narrow_arithmetic_keeps_narrow_arrays():
 
 # --- what the compiler says
 
-QUICK = [("dense", "full", "tensor_sp", 1), ("mixtral", "names", "data4", 4), ("mixtral", "none", "expert", 1)]
+QUICK = [("dense", "full", "tensor_sp", 1), ("mixtral", "full", "1f1b", 4), ("mixtral", "none", "expert", 1)]
 GRID = [
     *QUICK,
     *[("dense", remat, "single", 1) for remat in ("none", "dots", "names", "full")],
@@ -210,8 +210,13 @@ GRID = [
     *[("dense", "none", mesh, 1) for mesh in ("tensor4", "ring", "zero3")],
     *[("dense", "full", mesh, 4) for mesh in ("single", "1f1b", "gpipe")],
     *[("mixtral", "full", mesh, 1) for mesh in ("tensor_sp", "ring", "expert")],
-    *[("mixtral", "full", mesh, 4) for mesh in ("single", "1f1b", "gpipe", "1f1b_tensor_sp", "expert_zero3")],
-    *[("mixtral", "dots", "zero3", 1), ("switch", "none", "single", 1), ("switch", "full", "expert", 1)],
+    *[("mixtral", "full", mesh, 4) for mesh in ("single", "gpipe", "1f1b_tensor_sp", "expert_zero3")],
+    *[
+        ("mixtral", "names", "data4", 4),
+        ("mixtral", "dots", "zero3", 1),
+        ("switch", "none", "single", 1),
+        ("switch", "full", "expert", 1),
+    ],
 ]
 
 
@@ -243,7 +248,10 @@ def test_the_estimate_is_near_the_compiled_memory(kind: str, remat: str, mesh: s
 
 @pytest.mark.slow
 def test_the_estimate_s_error_over_the_grid():
-    """What is kept is exact; what lives beside it is the compiler's schedule, of which this is a model."""
+    """What is kept is exact; what lives beside it is the compiler's schedule, of which this is a model.
+
+    Measured (jax 0.11.2): median 5.7 %, worst 18 %; a fifth of the cases are off by more than a tenth, both ways.
+    """
     errors = {case: error(*case) for case in GRID}
     print(*(f"{' '.join(map(str, case)):36} {100 * e:+.1f} %" for case, e in errors.items()), sep="\n")
     sizes = np.abs(list(errors.values()))

@@ -103,7 +103,7 @@ def describe(config: RunConfig, parts) -> str:
     axes = " ".join(f"{axis}={size}" for axis, size in parts.plan.mesh.shape.items() if size > 1) or "one device"
     cost, memory = model_cost(parts, train.seq_len), estimate_memory(parts, train)
     tokens = train.global_batch * train.seq_len
-    kinds = ("params", "gradients", "optimizer", "activations")
+    kinds = ("params", "gradients", "optimizer", "activations", "workspace")
     shares = ", ".join(f"{kind} {_units(getattr(memory, kind), 'B')}" for kind in kinds)
     split = f"; ZeRO-{mesh.zero_stage}" + (", sequence parallel" if mesh.sequence_parallel else "")
     return "\n".join(

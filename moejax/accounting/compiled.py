@@ -51,7 +51,7 @@ def collectives(hlo: str, mesh: Mapping[str, int], ticks: int = 0, work: int = 0
         assert match
         kind = match[3].removesuffix("-start")
         axes, ranks = _axes(line, mesh)
-        payload = float(_bytes(match[2], last=match[3].endswith("-start") and kind != "all-reduce"))
+        payload = float(_bytes(match[2], started=match[3].endswith("-start") and kind != "all-reduce"))
         if kind == "reduce-scatter":
             payload *= ranks
         scope = re.search(r'op_name="([^"]*)"', line)
@@ -108,14 +108,13 @@ def _called(line: str, op: str) -> list[str]:
     return []
 
 
-def _bytes(shapes: str, last: bool) -> float:
-    """Add up the arrays of a result; of an asynchronous start's (operand, result) only the last."""
-    sizes = [
-        math.prod(int(d) for d in dims.split(",") if d) * _width(name)
-        for name, dims in _SHAPE.findall(shapes)
-        if _width(name)
-    ]
-    return sizes[-1] if last and sizes else sum(sizes)
+def _bytes(shapes: str, started: bool) -> float:
+    """Add up the arrays of a result; an asynchronous start gives its operands first, its results after them."""
+    found = [(name, dims) for name, dims in _SHAPE.findall(shapes) if _width(name)]
+    if started:
+        found = [(name, dims) for name, dims in found if (name, dims) != ("u32", "")]  # what a permute waits on
+        found = found[len(found) // 2 :]
+    return sum(math.prod(int(d) for d in dims.split(",") if d) * _width(name) for name, dims in found)
 
 
 def _width(name: str) -> float:

@@ -214,7 +214,9 @@ class _Step:
         way = self.dispatch
         if way == "dense":
             group = self.tokens * ranks
-            sent = self.send(axes, "all-gather", group * (embed * self.width + 4), forwards, why)
+            # ZeRO-3's policy recomputes what is gathered over batch axes, weights or not.
+            again = backwards if self.plan.config.zero_stage == 3 and self.config.remat == "none" else 0
+            sent = self.send(axes, "all-gather", group * (embed * self.width + 4), forwards + again, why)
             sent += self.send(axes, "reduce-scatter", group * embed * self.width, backwards, why)
             payload = moe.num_experts * self.tokens * embed * self.width
             return sent + self.send(axes, "all-to-all", payload, forwards + backwards, why)

@@ -74,8 +74,8 @@ class Router(nnx.Module):
             return logits_BTE, None
         std_BTE = jax.nn.softplus(x_BTD @ read(self.noise, self.dtype))
         column = jnp.arange(logits_BTE.shape[-1], dtype=jnp.uint32)
-        draw_BTE = normal_at(context.draw(PURPOSE_ROUTER), context.tokens_BT()[..., None], column)
-        return logits_BTE + draw_BTE.astype(std_BTE.dtype) * std_BTE, std_BTE
+        draw_BTE = normal_at(context.draw(PURPOSE_ROUTER), context.tokens_BT()[..., None], column, self.dtype)
+        return logits_BTE + draw_BTE * std_BTE, std_BTE
 
     def _top_k(self, noisy_BTE: Array, clean_BTE: Array, std_BTE: Array | None, valid_BT: Array) -> Routing:
         active = self.config.num_active

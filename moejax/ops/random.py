@@ -36,9 +36,12 @@ def uniform_at(key: UInt32[Array, "2"], row: UInt32[Array, "..."], column: UInt3
     return ((bits_at(key, row, column) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
-def normal_at(key: UInt32[Array, "2"], row: UInt32[Array, "..."], column: UInt32[Array, "..."]) -> Float[Array, "..."]:
-    """Draw from the standard normal in float32, one number for each (row, column)."""
-    return jax.scipy.special.ndtri(uniform_at(key, row, column))
+def normal_at(
+    key: UInt32[Array, "2"], row: UInt32[Array, "..."], column: UInt32[Array, "..."], dtype: str = "float32"
+) -> Float[Array, "..."]:
+    """Draw from the standard normal, one number for each (row, column); the uniform behind it has float32's bits."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jax.scipy.special.ndtri(uniform_at(key, row, column).astype(wide)).astype(dtype)
 
 
 def dropout(

@@ -57,12 +57,12 @@ def main(argv: list[str]) -> int:
     """Run the experiment."""
     arguments = cli.parse(argv, name="plan", doc=__doc__, add_options=add_options)
     cli.setup_jax()
-    from moejax.accounting.candidates import paper_plan
     from moejax.accounting.chips import named_chip
     from moejax.accounting.roofline import Assumptions
     from moejax.accounting.target import missing_plugins
     from moejax.config.mesh import MeshConfig
     from moejax.models import ModelParts
+    from moejax.parallel.plan import MeshPlan
 
     options, config, began = arguments.options, arguments.config, time.perf_counter()
     sizes = {"global_batch": options.global_batch, "seq_len": options.seq}
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     assume = Assumptions(
         options.mfu_cap, options.link_share, options.overlap, network and network * 1e9, options.headroom
     )
-    parts = ModelParts.of(config.model, paper_plan(MeshConfig()))
+    parts = ModelParts.of(config.model, MeshPlan.on_paper(MeshConfig()))
     best, rejected, counts = search(parts, config.train, options.devices, chip, assume, options.top)
     print_rejected(rejected, options.verbose)
     if not best:
@@ -211,14 +211,14 @@ def draw(best: Sequence[Ranked], chip: "Chip", path: Path) -> None:
 
 def serving(best: Sequence[Ranked], sequences: int) -> str:
     """Say what each device holds when the best layout that can decode answers `sequences` at a time."""
-    from moejax.accounting.candidates import on_paper, paper_plan
     from moejax.accounting.memory import WeightBytes, cache_bytes
+    from moejax.parallel.plan import MeshPlan
 
     for candidate, _ in best:
         mesh, length = candidate.parts.plan.config, candidate.train.seq_len
         if mesh.pipeline == mesh.sequence == 1:
-            plan = paper_plan(mesh.for_decoding())
-            weights = WeightBytes.of(on_paper(candidate.parts, plan)).weights
+            plan = MeshPlan.on_paper(mesh.for_decoding())
+            weights = WeightBytes.of(candidate.parts.on(plan)).weights
             cache = cache_bytes(candidate.parts.config, plan, sequences, length)
             return (
                 f"serving {sequences} sequences of {length} tokens on {label(candidate)}: "

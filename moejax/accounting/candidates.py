@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-from jax.sharding import AbstractMesh, AxisType
 from pydantic import ValidationError
 
 from moejax.accounting.chips import Chip
@@ -25,8 +23,7 @@ from moejax.config.run import TrainConfig
 from moejax.models import FAMILIES, ModelParts
 from moejax.models.decoder import periods
 from moejax.parallel.plan import MeshPlan
-from moejax.parallel.rules import check_batch, check_layers, check_model, make_rules
-from moejax.parallel.zero import place
+from moejax.parallel.rules import check_batch, check_layers, check_model
 
 POLICIES = ("none", "dots", "names", "full")
 """Remat policies, the one that recomputes least first."""
@@ -47,21 +44,6 @@ class Rejected:
 
     mesh: dict[str, Any]
     reason: str
-
-
-def paper_plan(config: MeshConfig) -> MeshPlan:
-    """Give the plan of a mesh without devices: enough to count, not to run."""
-    mesh: Any = AbstractMesh(config.degrees(), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return MeshPlan(mesh, make_rules(config), config)
-
-
-def on_paper(parts: ModelParts, plan: MeshPlan) -> ModelParts:
-    """Lay a model's weights out on another mesh without building it again: for counting alone."""
-
-    def again(shape: jax.ShapeDtypeStruct, old: Any) -> Any:
-        return place(plan, old.axes, shape.shape[len(shape.shape) - len(old.axes) :])
-
-    return dataclasses.replace(parts, plan=plan, placements=jax.tree.map(again, parts.shapes, parts.placements))
 
 
 def factorizations(number: int, axes: int) -> Iterator[tuple[int, ...]]:
@@ -100,7 +82,7 @@ def consider(
     """Give the ways to run a batch on a mesh that fit into `limit` bytes, or the reason why there is none."""
     try:
         mesh = MeshConfig(**table)
-        plan = paper_plan(mesh)
+        plan = MeshPlan.on_paper(mesh)
         check_model(plan.rules, mesh, parts.config)
         check_layers(mesh, periods(FAMILIES[parts.config.name].layers(parts.config)))
         splits = legal_microbatches(plan, train)
@@ -108,7 +90,7 @@ def consider(
         return [], Rejected(table, explain(error, MeshConfig))
     except ValueError as error:
         return [], Rejected(table, str(error))
-    laid = on_paper(parts, plan)
+    laid = parts.on(plan)
     counted = WeightBytes.of(laid)
     policies = [dataclasses.replace(laid, config=dataclasses.replace(parts.config, remat=p)) for p in POLICIES]
     found: list[Candidate] = []

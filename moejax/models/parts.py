@@ -1,5 +1,6 @@
 """A model taken apart: its structure, apart from its weights, and where on the mesh each weight lies."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from moejax.config.model import ModelConfig
 from moejax.models.build import FAMILIES, build
 from moejax.models.decoder import Decoder, periods
 from moejax.parallel.plan import MeshPlan
-from moejax.parallel.zero import place_outside_stages
+from moejax.parallel.zero import Placement, place, place_outside_stages
 
 Tree = Any
 STACKS = "stacks"
@@ -40,11 +41,18 @@ class ModelParts:
         graph, params, buffers = nnx.split(model, nnx.Param, ...)
         placements = jax.tree.map(lambda p: p.placement, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
         shapes, places, buffer_shapes = map(_plain, (params, placements, buffers))
-        # Only whole weights may do this: a stage-3 weight is gathered where it is read, by its own placement.
-        places = jax.tree_util.tree_map_with_path(
-            lambda path, p, s: p if _stacked(path) else place_outside_stages(plan, p, s.shape), places, shapes
-        )
-        return cls(config, plan, graph, shapes, places, buffer_shapes)
+        return cls(config, plan, graph, shapes, places, buffer_shapes).on(plan)
+
+    def on(self, plan: MeshPlan) -> "ModelParts":
+        """Lay the weights out on another mesh without building the model again: to count, not to run."""
+
+        def place_again(path: Any, old: Placement, shape: jax.ShapeDtypeStruct) -> Placement:
+            own = shape.shape[shape.ndim - len(old.axes) :]
+            new = place(plan, old.axes, own)
+            return new if _stacked(path) else place_outside_stages(plan, new, own)
+
+        placements = jax.tree_util.tree_map_with_path(place_again, self.placements, self.shapes)
+        return dataclasses.replace(self, plan=plan, placements=placements)
 
     def merge(self, params: Tree, buffers: Tree) -> Decoder:
         """Put a model together around values (local parts, inside the program)."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax.axes import BATCH_AXES, MESH_AXES
 from moejax.compat import vary, varying_axes
@@ -48,6 +48,12 @@ class MeshPlan:
     def single(cls) -> "MeshPlan":
         """Give the plan of the first device alone."""
         return cls.from_config(MeshConfig(), jax.devices()[:1])
+
+    @classmethod
+    def on_paper(cls, config: MeshConfig) -> "MeshPlan":
+        """Give the plan of a mesh without devices: enough to count, not to run."""
+        mesh: Any = AbstractMesh(config.degrees(), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        return cls(mesh, make_rules(config), config)
 
     # --- layout: host side and program borders ---
 

@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moejax.accounting.activations import LayerMemory
-from moejax.accounting.candidates import on_paper, paper_plan
 from moejax.accounting.memory import WeightBytes, activation_bytes, cache_bytes, estimate_memory
 from moejax.compat import vary
 from moejax.config.mesh import MeshConfig
@@ -107,16 +106,16 @@ def test_weights_are_laid_out_on_paper_as_on_devices():
     for mesh in ("zero3_tensor2_sp", "zero3_expert4", "pipeline2_expert2_tensor2"):
         config = mesh_config(mesh).fill(8)
         built = ModelParts.of(model_config("mixtral_tiny"), MeshPlan.from_config(config))
-        paper = on_paper(ModelParts.of(model_config("mixtral_tiny"), MeshPlan.single()), paper_plan(config))
+        paper = ModelParts.of(model_config("mixtral_tiny"), MeshPlan.single()).on(MeshPlan.on_paper(config))
         assert paper.placements == built.placements
         assert WeightBytes.of(paper) == WeightBytes.of(built)
 
 
 def test_caches_are_split_over_tensor_and_batch():
     config = model("dense")  # 4 layers, 4 key/value heads of 16
-    assert cache_bytes(config, paper_plan(MeshConfig()), 8, 100) == 2 * 4 * 8 * 100 * 4 * 16 * 4
-    split = paper_plan(MeshConfig(data=2, tensor=2))
-    assert cache_bytes(config, split, 8, 100) == cache_bytes(config, paper_plan(MeshConfig()), 8, 100) / 4
+    assert cache_bytes(config, MeshPlan.on_paper(MeshConfig()), 8, 100) == 2 * 4 * 8 * 100 * 4 * 16 * 4
+    split = MeshPlan.on_paper(MeshConfig(data=2, tensor=2))
+    assert cache_bytes(config, split, 8, 100) == cache_bytes(config, MeshPlan.on_paper(MeshConfig()), 8, 100) / 4
 
 
 # --- what autodiff keeps
@@ -127,7 +126,7 @@ def test_activations_shrink_with_what_is_recomputed_and_what_is_split():
 
     def activations(mesh: str = "single", microbatches: int = 1, **changes: Any) -> float:
         config = dataclasses.replace(model_config("bench_mixtral"), **changes)
-        plan = paper_plan(mesh_config(mesh).fill(1 if mesh == "single" else 8))
+        plan = MeshPlan.on_paper(mesh_config(mesh).fill(1 if mesh == "single" else 8))
         return activation_bytes(config, plan, dataclasses.replace(train, microbatches=microbatches))
 
     none, names, full = (activations(remat=policy) for policy in ("none", "names", "full"))

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import cli, plan
 from experiments.cli import CONFIGS
-from moejax.accounting.candidates import Rejected, consider, factorizations, layouts, paper_plan
+from moejax.accounting.candidates import Rejected, consider, factorizations, layouts
 from moejax.accounting.chips import CHIPS, named_chip
 from moejax.accounting.communication import Transfer
 from moejax.accounting.roofline import Assumptions, link_bytes, recomputed_forwards, step_time
@@ -17,6 +17,7 @@ from moejax.config import load
 from moejax.config.mesh import MeshConfig
 from moejax.config.run import TrainConfig
 from moejax.models import ModelParts
+from moejax.parallel.plan import MeshPlan
 from tests.conftest import assert_close, model_config
 
 H200 = CHIPS["H200"]
@@ -24,7 +25,7 @@ TRAIN = TrainConfig(global_batch=256, seq_len=4096)
 
 
 def mixtral() -> ModelParts:
-    return ModelParts.of(model_config("mixtral_8x7b"), paper_plan(MeshConfig()))
+    return ModelParts.of(model_config("mixtral_8x7b"), MeshPlan.on_paper(MeshConfig()))
 
 
 def test_all_factorizations_are_tried():
@@ -79,11 +80,13 @@ def test_the_least_recomputation_that_fits_is_taken():
     ],
 )
 def test_bytes_go_over_the_link_that_joins_the_ranks(mesh, transfer, expected):
-    assert_close(link_bytes(paper_plan(mesh), H200, transfer), expected)
+    assert_close(link_bytes(MeshPlan.on_paper(mesh), H200, transfer), expected)
 
 
 def test_a_step_without_links_takes_its_arithmetic():
-    parts = ModelParts.of(dataclasses.replace(model_config("mixtral_8x7b"), remat="none"), paper_plan(MeshConfig()))
+    parts = ModelParts.of(
+        dataclasses.replace(model_config("mixtral_8x7b"), remat="none"), MeshPlan.on_paper(MeshConfig())
+    )
     [candidate], _ = consider(parts, {}, dataclasses.replace(TRAIN, global_batch=1), 1e15)
     step = step_time(candidate.parts, candidate.train, candidate.memory, H200, Assumptions(matmul=0.5))
     assert step.exposed == step.bubble == step.network == 0

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from jax import lax
 from moejax.accounting.contract import breaches, communication_contract, flop_contract
 from moejax.compat import vary, varying_axes
 from moejax.config.mesh import MeshConfig
+from moejax.models import FAMILIES
+from moejax.models.decoder import periods
 from moejax.parallel import plan as plan_module
 from moejax.parallel import rules, zero
 from moejax.parallel.plan import MeshPlan
-from moejax.parallel.rules import check_model, make_rules
+from moejax.parallel.rules import check_layers, check_model, make_rules
 from moejax.train import gradient as train_gradient
 from tests.conftest import assert_close, eight_device_meshes, mesh_config, model_config, tiny_models
 from tests.tiny_runs import (
@@ -51,12 +54,17 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def refusal(model: str, mesh: str) -> str | None:
     """Give the reason why a model does not run on a mesh."""
-    config = mesh_config(mesh)
+    config, sized = mesh_config(mesh), proof_model(model, **stages_fit(model, mesh_config(mesh)))
     try:
-        check_model(make_rules(config), config, model_config(model))
+        check_model(make_rules(config), config, sized)
+        check_layers(config, layer_runs(sized))
     except ValueError as error:
         return str(error)
     return None
+
+
+def layer_runs(config):
+    return periods(FAMILIES[config.name].layers(config))
 
 
 def cases():
@@ -133,14 +141,16 @@ def test_pairs_that_cannot_work_are_refused_with_the_reason():
         if refusal(model, mesh)
     }
     expected = {}
-    for mesh in eight_device_meshes():
-        config = mesh_config(mesh)
-        if config.expert > 1:
-            expected["dense_tiny", mesh] = "the model has none"
-        if config.pipeline > 1:
-            expected["soft_mixture_competitive_tiny", mesh] = "set pipeline = 1"
-        if config.sequence > 1:
-            expected["dropout_tiny", mesh] = "no split over positions"
+    for model, mesh in itertools.product(tiny_models(), eight_device_meshes()):
+        config, sized = mesh_config(mesh), model_config(model)
+        if config.expert > 1 and sized.moe is None:
+            expected[model, mesh] = "the model has none"
+        elif config.pipeline > 1 and sized.moe is not None and sized.moe.competitive:
+            expected[model, mesh] = "set pipeline = 1"
+        elif config.pipeline > 1 and len(layer_runs(sized)) > 1:
+            expected[model, mesh] = "wants one period of layers"
+        elif config.sequence > 1 and sized.attention.dropout > 0:
+            expected[model, mesh] = "no split over positions"
     assert reasons.keys() == expected.keys()
     assert all(expected[pair] in reason for pair, reason in reasons.items())
 

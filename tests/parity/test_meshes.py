@@ -142,7 +142,7 @@ def test_pairs_that_cannot_work_are_refused_with_the_reason():
     }
     expected = {}
     for model, mesh in itertools.product(tiny_models(), eight_device_meshes()):
-        config, sized = mesh_config(mesh), model_config(model)
+        config, sized = mesh_config(mesh), proof_model(model, **stages_fit(model, mesh_config(mesh)))
         if config.expert > 1 and sized.moe is None:
             expected[model, mesh] = "the model has none"
         elif config.pipeline > 1 and sized.moe is not None and sized.moe.competitive:
@@ -202,6 +202,13 @@ def test_auto_is_data_parallelism_over_all_devices():
 # --- does the net catch? One mistake at a time
 
 
+@pytest.fixture
+def twins():
+    """Train on one device before anything is broken."""
+    for name in ("dense_tiny", FULLY_TESTED):
+        one_device(name)
+
+
 def fails(name: str, mesh: str) -> set[str]:
     """Say which parts of a run differ from one device's."""
     actual, expected = train(name, mesh_config(mesh)), one_device(name)
@@ -222,7 +229,7 @@ def test_a_gradient_that_is_not_reduced_is_a_type_error(mesh, monkeypatch):
         train("dense_tiny", mesh_config(mesh))
 
 
-def test_a_slice_of_a_gradient_that_is_not_summed_is_found(monkeypatch):
+def test_a_slice_of_a_gradient_that_is_not_summed_is_found(twins, monkeypatch):
     """The type checker cannot see it: a split gradient varies anyway."""
 
     def slice_one(plan, grads, placements):
@@ -237,7 +244,7 @@ def test_a_slice_of_a_gradient_that_is_not_summed_is_found(monkeypatch):
     assert "gradient" in fails("dense_tiny", "zero1")
 
 
-def test_a_router_loss_that_every_tensor_rank_adds_is_found(monkeypatch):
+def test_a_router_loss_that_every_tensor_rank_adds_is_found(twins, monkeypatch):
     honest = train_gradient.router_loss
     monkeypatch.setattr(train_gradient, "router_loss", lambda stats: 4 * honest(stats))
     assert fails(FULLY_TESTED, "tensor4_data2") == {"gradient", "metrics", "state"}
@@ -249,7 +256,7 @@ def test_a_router_loss_of_one_rank_alone_is_a_type_error(monkeypatch):
         train(FULLY_TESTED, mesh_config("tensor4_data2"))
 
 
-def test_a_norm_that_counts_whole_leaves_on_every_rank_is_found(monkeypatch):
+def test_a_norm_that_counts_whole_leaves_on_every_rank_is_found(twins, monkeypatch):
     def careless(grads):
         square = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
         return jnp.sqrt(lax.psum(square, tuple(sorted(varying_axes(square)))))
@@ -270,7 +277,7 @@ def test_experts_without_a_rule_are_found(monkeypatch):
         train(FULLY_TESTED, mesh_config("expert4_data2"))
 
 
-def test_a_batch_that_is_not_split_over_expert_is_found(monkeypatch):
+def test_a_batch_that_is_not_split_over_expert_is_found(twins, monkeypatch):
     honest = rules.make_rules
 
     def lose_an_axis(mesh):
@@ -282,7 +289,7 @@ def test_a_batch_that_is_not_split_over_expert_is_found(monkeypatch):
         assert fails(FULLY_TESTED, "expert4_data2")
 
 
-def test_a_collective_that_nobody_declared_breaks_the_contract(monkeypatch):
+def test_a_collective_that_nobody_declared_breaks_the_contract(twins, monkeypatch):
     """Gathering all parts and adding them up gives the same numbers for twice the bytes."""
 
     def wasteful(self, y_BTD):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -54,8 +55,18 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
 
 
-def setup_jax() -> None:
-    """Set the process up: its peers, malloc, and compiled programs kept in $MOEJAX_CACHE or ~/.cache/moejax/xla."""
+def cuts_the_cpu() -> bool:
+    """Say whether jax will see the CPU as several devices."""
+    found = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return found is not None and int(found[1]) > 1
+
+
+def setup_jax(keep_programs: bool | None = None) -> None:
+    """Set the process up: its peers, malloc, and compiled programs kept in $MOEJAX_CACHE or ~/.cache/moejax/xla.
+
+    By default programs are not kept where the CPU is cut into devices: one that XLA:CPU reads back (jaxlib 0.10.2,
+    0.11.2) may start its collectives in another order on each device, which then wait for one another for ever.
+    """
     import jax
 
     from moejax.parallel import launch, overlap
@@ -64,6 +75,10 @@ def setup_jax() -> None:
         os.environ["XLA_FLAGS"] = overlap.flags(os.environ.get("XLA_FLAGS", ""))  # heard when jax looks for devices
     launch.start()
     keep_freed_memory()
+    if keep_programs is None:
+        keep_programs = not cuts_the_cpu()
+    if not keep_programs:
+        return
     cache = Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax" / "xla")
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from moejax.config import load
 from moejax.config.mesh import MeshConfig
 from moejax.config.model import ModelConfig
 
-setup_jax()  # programs compiled once are found again by the next test run
+setup_jax(keep_programs=True)  # found again by the next test run; 8 devices never were seen to wait for ever
 
 TOLERANCE = {"float64": (1e-10, 1e-12), "float32": (2e-5, 2e-6), "bfloat16": (2e-2, 2e-3), "float16": (4e-3, 4e-4)}
 """rtol and atol by the dtype of the arithmetic; atol is for numbers of size one. Never widened in a test."""

@@ -230,16 +230,16 @@ def serving(best: Sequence[Ranked], sequences: int) -> str:
 def compile_ahead(config: Any, number: int, chip: "Chip", best: Ranked) -> dict[str, Any]:
     """Compile the training step for devices that are not here; print the compiler's figures beside the estimate."""
     import jax
-    import jax.numpy as jnp
 
     from moejax.accounting.communication import by_axes, expected_transfers
     from moejax.accounting.compiled import collectives
+    from moejax.accounting.contract import pipeline_turns
     from moejax.accounting.target import h200_devices
     from moejax.models import ModelParts
     from moejax.parallel.plan import MeshPlan
     from moejax.train import optimizer as optimizers
     from moejax.train.state import abstract_state
-    from moejax.train.step import BATCH_KEYS, batch_specs, make_train_step
+    from moejax.train.step import abstract_batch, make_train_step
 
     # Code that picks by `jax.default_backend()` sees this machine's; XLA's ragged_dot would hold E times the rows.
     experts = "" if config.model.moe is None else ", experts in blocked loops, not by XLA's ragged_dot"
@@ -248,12 +248,11 @@ def compile_ahead(config: Any, number: int, chip: "Chip", best: Ranked) -> dict[
     plan = MeshPlan.from_config(config.mesh, h200_devices(number, chip))
     parts = ModelParts.of(config.model, plan)
     optimizer = optimizers.build(config.optimizer, train.steps, parts.placements)
-    shape, specs = (train.microbatches, train.global_batch // train.microbatches, train.seq_len), batch_specs(plan)
-    kinds = {key: jnp.float32 if key == "weights" else jnp.int32 for key in BATCH_KEYS}
-    batch = {k: jax.ShapeDtypeStruct(shape, kind, sharding=plan.place(specs[k])) for k, kind in kinds.items()}
     step = make_train_step(parts, optimizer, config)
     with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
-        lowered = step.trace(abstract_state(parts, optimizer), batch).lower(lowering_platforms=("cuda",))
+        lowered = step.trace(abstract_state(parts, optimizer), abstract_batch(plan, train)).lower(
+            lowering_platforms=("cuda",)
+        )
     compiled = lowered.compile()
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
     total, predicted = memory.argument_size_in_bytes + memory.temp_size_in_bytes, best.candidate.memory.total
@@ -263,8 +262,7 @@ def compile_ahead(config: Any, number: int, chip: "Chip", best: Ranked) -> dict[
         f"estimated {predicted / 1e9:.2f} GB ({predicted / total - 1:+.1%})"
     )
     sent: dict[tuple[tuple[str, ...], str], float] = collections.defaultdict(float)
-    ticks, work = pipeline_ticks(config)
-    for one in collectives(compiled.as_text(), dict(plan.mesh.shape), ticks, work):
+    for one in collectives(compiled.as_text(), dict(plan.mesh.shape), *pipeline_turns(plan, train)):
         # Turns that only a skewed load needs (an exchange's further rounds) are not a balanced step's.
         sent[one.axes, one.kind] += 0.0 if one.dynamic else one.sent * one.times
     expected = by_axes(expected_transfers(parts, train))
@@ -274,16 +272,6 @@ def compile_ahead(config: Any, number: int, chip: "Chip", best: Ranked) -> dict[
         print(f"{name:40}{sent.get(key, 0) / 1e9:10.3f}{expected.get(key, 0) / 1e9:10.3f}")
     figures = {"seconds": seconds, "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
     return figures | {"sent": {f"{kind} over {' '.join(axes)}": size for (axes, kind), size in sent.items()}}
-
-
-def pipeline_ticks(config: Any) -> tuple[int, int]:
-    """Give the turns of the pipeline's loop and how many of them do something, zeros without stages."""
-    from moejax.parallel.schedules import Schedule
-
-    if config.mesh.pipeline == 1:
-        return 0, 0
-    schedule = Schedule(config.mesh.schedule, config.mesh.pipeline, config.train.microbatches, config.mesh.chunks)
-    return schedule.ticks, schedule.work
 
 
 def print_rejected(rejected: Sequence["Rejected"], verbose: bool) -> None:

@@ -17,6 +17,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
+from moejax.config.mesh import MeshConfig
 from moejax.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from moejax.train.proof import Trial
 
 STEPS = 3
+SMOKE_MESH = MeshConfig(data=2, expert=2, tensor=2, sequence_parallel=True)
 LARGEST = 2e8
 """Weights of the largest model that is proven."""
 EQUAL = 1e-10
@@ -46,6 +48,8 @@ def main(argv: list[str]) -> int:
     """Run the experiment."""
     arguments = cli.parse(argv, name="verify_mesh", doc=__doc__, add_options=add_options, smoke={"model.vocab": 64})
     options, config = arguments.options, sized(arguments.config, arguments.options)
+    if arguments.smoke and config.mesh == MeshConfig():  # one device against itself would prove nothing
+        config = sized(dataclasses.replace(config, mesh=SMOKE_MESH), options)
     if not options.here:
         cli.use_cpu(math.prod(config.mesh.degrees()) if config.mesh.data > 0 else None)
         # A proof runs its programs three times: compiling them without LLVM's optimiser saves most of the wait.
@@ -94,7 +98,6 @@ def sized(config: RunConfig, options: argparse.Namespace) -> RunConfig:
 def compare(config: RunConfig, devices: Any) -> tuple[dict[str, dict[str, float]], "Trial", dict, list[float]]:
     """Train a few steps on one device and on the mesh; give each leaf's relative error."""
     from moejax.accounting.model_cost import model_cost
-    from moejax.config.mesh import MeshConfig
     from moejax.train.proof import Trial, relative_errors, to_numpy
 
     mesh = Trial.of(config, devices)
@@ -126,7 +129,6 @@ def distances(config: RunConfig, exact: RunConfig, devices: Any) -> dict[str, di
     import jax
     import numpy as np
 
-    from moejax.config.mesh import MeshConfig
     from moejax.train.proof import Trial, relative_errors, to_numpy
 
     def widen(tree: Any) -> Any:
@@ -176,7 +178,7 @@ def contracts(trial: "Trial", batch: dict, rows_sent: list[float]) -> list["Line
 
     train = trial.config.train
     lines = communication_contract(trial.program(batch).as_text(), trial.parts, train)
-    extra = exchange_line(trial.parts, train, rows_sent[0])
+    extra = exchange_line(lines, trial.parts, train, rows_sent[0])
     moe = trial.config.model.moe
     if moe is not None:  # a grouped matmul by blocks has loops whose length no trace can know
         model = dataclasses.replace(trial.config.model, moe=dataclasses.replace(moe, implementation="ragged_dot"))

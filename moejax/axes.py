@@ -44,6 +44,8 @@ LETTERS: Final = {
     "S": "key positions",
     "T": "query positions",
     "V": "vocabulary",
+    "W": "ranks of the expert axis",
+    "X": "places in a buffer",
     "Y": "microbatches",
 }
 """Dim letters used as suffixes of variable names (`q_BTNH`); lower case is the local extent."""

@@ -6,7 +6,6 @@ have, without those that it fuses away.
 """
 
 import collections
-import functools
 import math
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ from moejax.moe.router import num_slots
 from moejax.ops.attention import MAX_BLOCKS, MIN_BLOCK
 from moejax.parallel.exchange import quota
 from moejax.parallel.plan import MeshPlan
-from moejax.parallel.schedules import Kind, Schedule
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class LayerMemory:
 
     def __init__(self, config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> None:
         self.config, self.plan, self.train, self.moe = config, plan, train, config.moe
+        self.way = config.moe.way(training=True) if config.moe is not None else "dense"
         precision = config.precision
         self.width, self.wide = width(precision.compute), max(width(precision.compute), 4)
         self.router_width = width(precision.router)
@@ -178,14 +177,6 @@ class LayerMemory:
         return self._moe.expert_ffn / self.plan.size("tensor")
 
     @property
-    def way(self) -> str:
-        """Say which way a training step's rows go: see `MoELayer`."""
-        moe = self._moe
-        if moe.router.kind == "soft" or moe.dispatch == "dense":
-            return "dense"
-        return "capacity" if moe.router.kind == "expert_choice" or moe.capacity_factor is not None else "sorted"
-
-    @property
     def routed(self) -> float:
         """Rows that this device's tokens send."""
         return self.tokens * (self._moe.num_experts if self.way == "dense" else self._moe.router.num_active)
@@ -213,16 +204,10 @@ def activations(config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> Acti
     )
     stash = 0.0
     if stages > 1:  # a stage keeps its inputs alone, and a message each way; a chunk's layers are run again backward
-        slots = stash_slots(plan.config.schedule, stages, train.microbatches, plan.config.chunks)
+        _, _, slots = plan.schedule(train.microbatches).slots
         stash = (slots + 1 + 4) * layer.stream * layer.width
     heaviest = max(kinds, key=layer.feed_forward)
     return Activations(kept + stash, _workspace(layer, heaviest, config.remat))
-
-
-@functools.cache
-def stash_slots(schedule: Kind, stages: int, microbatches: int, chunks: int) -> int:
-    """Give the inputs that a stage keeps at once."""
-    return Schedule(schedule, stages, microbatches, chunks).slots[2]
 
 
 def _workspace(layer: LayerMemory, kind: str, policy: str) -> float:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
+from moejax.accounting.activations import width
 from moejax.config.run import TrainConfig
 from moejax.models import FAMILIES, ModelParts
 from moejax.moe.router import num_slots
@@ -54,8 +54,8 @@ class _Step:
     def __init__(self, parts: ModelParts, train: TrainConfig) -> None:
         self.parts, self.plan, self.config, self.train = parts, parts.plan, parts.config, train
         precision = self.config.precision
-        self.width, self.wide = _width(precision.compute), max(_width(precision.accumulate), 4)
-        self.router_width = _width(precision.router)
+        self.width, self.wide = width(precision.compute), max(width(precision.accumulate), 4)
+        self.router_width = width(precision.router)
         self.microbatches = train.microbatches
         self.rows = train.global_batch // train.microbatches // self.plan.degree("batch")
         self.length = train.seq_len // self.plan.degree("seq")
@@ -65,6 +65,7 @@ class _Step:
         self.num_layers = len(kinds) / stages
         self.num_sparse = sum(kind == "sparse" for kind in kinds) / stages
         self.moe = self.config.moe
+        self.way = self.moe.way(training=True) if self.moe is not None else "dense"
         self.competitive = self.moe is not None and self.moe.competitive
         # A pipeline runs a stage forward once to hand on, and once more before its backward.
         self.forwards = 2 if stages > 1 else 1
@@ -95,10 +96,10 @@ class _Step:
         ]
 
     def _leaf(self, name: str, shape: jax.ShapeDtypeStruct, place: Placement) -> list[Transfer]:
-        plan, params = self.plan, _width(self.config.precision.params)
+        plan, params = self.plan, width(self.config.precision.params)
         own = plan.axes_of(*place.axes) + place.stacked_over(plan, len(shape.shape))
         elements = math.prod(shape.shape) / math.prod(plan.size(axis) for axis in own)
-        reduced = elements * max(params, _width(self.config.precision.accumulate))
+        reduced = elements * max(params, width(self.config.precision.accumulate))
         rest = tuple(axis for axis in plan.gradient_axes() if axis not in (*own, *place.over))
         times = self.microbatches if place.stage == 2 else 1
         if place.dim is None:
@@ -211,8 +212,7 @@ class _Step:
         if moe is None or ranks == 1:
             return []
         axes, why, embed = ("expert",), "expert exchange", self.config.embed
-        way = self.dispatch
-        if way == "dense":
+        if self.way == "dense":
             group = self.tokens * ranks
             # ZeRO-3's policy recomputes what is gathered over batch axes, weights or not.
             again = backwards if self.plan.config.zero_stage == 3 and self.config.remat == "none" else 0
@@ -220,20 +220,20 @@ class _Step:
             sent += self.send(axes, "reduce-scatter", group * embed * self.width, backwards, why)
             payload = moe.num_experts * self.tokens * embed * self.width
             return sent + self.send(axes, "all-to-all", payload, forwards + backwards, why)
-        if way == "capacity":
+        if self.way == "capacity":
             places = self.rows * moe.num_experts * self.slots
         else:
             places = ranks * quota(self.plan, self.tokens * moe.router.num_active)
         sent = self.send(axes, "all-to-all", places * embed * self.width, 2 * (forwards + backwards), why)
         numbers = places * 4 if moe.dropout else 0
         sent += self.send(axes, "all-to-all", numbers, forwards, why)
-        counts = ranks * moe.num_experts * 4 if way == "sorted" else 0
+        counts = ranks * moe.num_experts * 4 if self.way == "sorted" else 0
         return sent + self.send(axes, "all-gather", counts, forwards, why)
 
     def _places(self, forwards: float) -> list[Transfer]:
         """Number a split sequence's slots: counts of what stands before, or expert choice's whole columns."""
         moe, ranks = self.moe, self.plan.size("sequence")
-        if moe is None or self.dispatch != "capacity" or ranks == 1:
+        if moe is None or self.way != "capacity" or ranks == 1:
             return []
         axes, why = ("sequence",), "capacity over a split sequence"
         runs = 2 if self.plan.config.context == "ring" else 1
@@ -246,15 +246,6 @@ class _Step:
             sent = []
         counts = ranks * runs * self.rows * active * moe.num_experts * 4
         return sent + self.send(axes, "all-gather", counts, forwards, why)
-
-    @property
-    def dispatch(self) -> str:
-        """Say which way the training step's rows go: see `MoELayer`."""
-        assert self.moe is not None
-        if self.moe.router.kind == "soft" or self.moe.dispatch == "dense":
-            return "dense"
-        capacity = self.moe.router.kind == "expert_choice" or self.moe.capacity_factor is not None
-        return "capacity" if capacity else "sorted"
 
     @property
     def slots(self) -> int:
@@ -284,10 +275,6 @@ class _Step:
         sent += self.send(("tensor",), "all-reduce", (2 * experts + 8) * wide, forwards * layers, "router statistics")
         whole = self.num_sparse * plan.size("pipeline") * (experts + 8) * wide
         return sent + self.send(("pipeline",), "all-gather", whole, 1, "router statistics")
-
-
-def _width(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else int(np.dtype(dtype).itemsize)
 
 
 def by_axes(transfers: Sequence[Transfer]) -> dict[tuple[tuple[str, ...], str], float]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moejax.accounting.activations import width
 from moejax.accounting.communication import RECOMPUTED, by_axes, expected_transfers
 from moejax.accounting.compiled import Collective, collectives
 from moejax.accounting.model_cost import model_cost
@@ -11,8 +12,7 @@ from moejax.accounting.traced import matmul_flops
 from moejax.config.run import TrainConfig
 from moejax.models import ModelParts
 from moejax.moe.router import num_slots
-from moejax.parallel.exchange import quota
-from moejax.parallel.schedules import Schedule
+from moejax.parallel.plan import MeshPlan
 
 BYTES_LIMIT, FLOPS_LIMIT = 1.05, 1.1
 """What is sent may exceed the bound by so much, and so may the arithmetic, before the contract is broken."""
@@ -41,18 +41,19 @@ class Line:
         return self.found <= self.limit * self.bound
 
 
-def schedule_of(parts: ModelParts, train: TrainConfig) -> Schedule | None:
-    """Give the pipeline's schedule, None without stages."""
-    mesh = parts.plan.config
-    return Schedule(mesh.schedule, mesh.pipeline, train.microbatches, mesh.chunks) if mesh.pipeline > 1 else None
+def pipeline_turns(plan: MeshPlan, train: TrainConfig) -> tuple[int, int]:
+    """Give the turns of the pipeline's loop and how many of them do something; zeros without stages."""
+    if plan.size("pipeline") == 1:
+        return 0, 0
+    schedule = plan.schedule(train.microbatches)
+    return schedule.ticks, schedule.work
 
 
 def communication_contract(hlo: str, parts: ModelParts, train: TrainConfig) -> list[Line]:
     """Compare a compiled training step's bytes, by mesh axes and kind, with the bounds of `communication.py`."""
-    schedule = schedule_of(parts, train)
-    pipeline = (schedule.ticks, schedule.work) if schedule else (0, 0)
+    turns = pipeline_turns(parts.plan, train)
     found: dict[tuple[tuple[str, ...], str], list[Collective]] = {}
-    for collective in collectives(hlo, dict(parts.plan.mesh.shape), *pipeline):
+    for collective in collectives(hlo, dict(parts.plan.mesh.shape), *turns):
         if not collective.dynamic and collective.payload > FEW:
             found.setdefault((collective.axes, collective.kind), []).append(collective)
     transfers = expected_transfers(parts, train)
@@ -67,37 +68,29 @@ def communication_contract(hlo: str, parts: ModelParts, train: TrainConfig) -> l
     return lines
 
 
-def exchange_line(parts: ModelParts, train: TrainConfig, rows_sent: float) -> Line | None:
-    """Show what the rows really sent in a step would cost alone, beside what the exchange sends for them.
+def exchange_line(lines: Sequence[Line], parts: ModelParts, train: TrainConfig, rows_sent: float) -> Line | None:
+    """Show what the rows really sent in a step would cost alone, beside what the compiled exchange sends for them.
 
     `rows_sent` is counted at run time over all devices and layers; the padded way's factor is declared, not a breach.
     """
-    moe, plan = parts.config.moe, parts.plan
-    if moe is None or plan.size("expert") == 1 or not rows_sent:
+    config, plan = parts.config, parts.plan
+    compiled = next((line.found for line in lines if line.what == "expert all-to-all"), 0.0)
+    if config.moe is None or not compiled or not rows_sent:
         return None
-    sent = sum(
-        t.bytes for t in expected_transfers(parts, train) if t.why == "expert exchange" and t.kind == "all-to-all"
-    )
-    width = (
-        2
-        if parts.config.precision.compute in ("bfloat16", "float16")
-        else int(parts.config.precision.compute[-2:]) // 8
-    )
-    groups = plan.degree("batch", "seq") * plan.size("pipeline")
-    passes = 2 * (2 + ("experts" in RECOMPUTED[parts.config.remat]) + (plan.size("pipeline") > 1))
-    alone = passes * rows_sent / groups * parts.config.embed * width
-    return Line("expert rows really sent", alone, sent, float("inf"), "declared: equal parts, padded with zeros")
+    devices = plan.degree("batch", "seq") * plan.size("pipeline")
+    passes = 2 * (2 + ("experts" in RECOMPUTED[config.remat]) + (plan.size("pipeline") > 1))
+    alone = passes * rows_sent / devices * config.embed * width(config.precision.compute)
+    return Line("expert rows really sent", alone, compiled, float("inf"), "declared: equal parts, padded with zeros")
 
 
 def flop_contract(jaxpr: Any, parts: ModelParts, train: TrainConfig) -> list[Line]:
     """Compare a traced training step's matmuls on one device with the model's own, once what is listed is added."""
-    schedule, moe = schedule_of(parts, train), parts.config.moe
-    pipeline = (schedule.ticks, schedule.work) if schedule else (0, 0)
+    moe = parts.config.moe
     rows = 0
     if moe is not None:
         rows = train.global_batch // train.microbatches // parts.plan.degree("batch")
         rows *= train.seq_len // parts.plan.degree("seq") * moe.router.num_active
-    found = matmul_flops(getattr(jaxpr, "jaxpr", jaxpr), *pipeline, rows)
+    found = matmul_flops(getattr(jaxpr, "jaxpr", jaxpr), *pipeline_turns(parts.plan, train), rows)
     terms = expected_flops(parts, train)
     why = ", ".join(f"{name} {flops / terms['model']:.2f}" for name, flops in terms.items() if flops)
     return [Line("matmul FLOPs", sum(terms.values()), found, FLOPS_LIMIT, why)]
@@ -133,20 +126,14 @@ def _padding(parts: ModelParts, train: TrainConfig) -> float:
     """Give the rows that experts run, as a multiple of the routed ones: fixed places hold zeros, or drop."""
     moe = parts.config.moe
     assert moe is not None
-    if moe.router.kind == "soft":
+    way = moe.way(training=True)
+    if way == "sorted" or moe.router.kind == "soft":
         return 1.0
-    if moe.dispatch == "dense":
+    if way == "dense":
         return moe.num_experts / moe.router.num_active
-    if moe.capacity_factor is None and moe.router.kind != "expert_choice":
-        return 1.0
     slots = num_slots(train.seq_len, moe.router.num_active, moe.num_experts, moe.capacity_factor or 1.0)
     ranks = parts.plan.degree("seq")
     return ranks * min(slots, train.seq_len // ranks) * moe.num_experts / (train.seq_len * moe.router.num_active)
-
-
-def exchange_factor(parts: ModelParts, rows: int) -> float:
-    """Give the padded exchange's buffer as a multiple of its routed rows."""
-    return parts.plan.size("expert") * quota(parts.plan, rows) / rows
 
 
 def breaches(lines: Sequence[Line]) -> list[Line]:

@@ -83,11 +83,6 @@ def _cast_weights(parts: ModelParts, weights: float) -> float:
     return weights * width(precision.compute) / width(precision.params)
 
 
-def activation_bytes(config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> float:
-    """Give what one device holds of activations, kept and at work."""
-    return activations(config, plan, train).total
-
-
 def cache_bytes(config: ModelConfig, plan: MeshPlan, sequences: int, length: int) -> float:
     """Give one device's key/value caches for serving: `sequences` in all, of `length` tokens each."""
     heads = config.attention.num_kv_heads / plan.degree("kv_heads")

@@ -12,7 +12,7 @@ from moejax.axes import MESH_AXES
 from moejax.config.run import TrainConfig
 from moejax.models import ModelParts
 from moejax.parallel.plan import MeshPlan
-from moejax.parallel.schedules import Schedule, bubble_fraction
+from moejax.parallel.schedules import bubble_fraction
 
 HIDDEN = ("weights", "gradients", "context parallelism")
 """Traffic that nothing waits for at once: the next layer's weights, this one's gradients, the ring's next keys."""
@@ -103,8 +103,7 @@ def compute_time(parts: ModelParts, train: TrainConfig, chip: Chip, assume: Assu
     seconds = flops / (chip.flops[precision.compute] * assume.matmul)
     stages, bubble = plan.size("pipeline"), 0.0
     if stages > 1:
-        schedule = Schedule(plan.config.schedule, stages, train.microbatches, plan.config.chunks)
-        bubble = bubble_fraction(schedule)
+        bubble = bubble_fraction(plan.schedule(train.microbatches))
     return seconds, seconds * bubble / (1 - bubble)
 
 

@@ -145,6 +145,14 @@ class MoEConfig:
         if self.competitive and self.router.kind != "soft":
             raise ValueError(f'competitive needs router.kind = "soft", not "{self.router.kind}"')
 
+    def way(self, training: bool) -> Literal["dense", "capacity", "sorted"]:
+        """Say how rows reach their experts: a capacity is for training alone, inference never drops a token."""
+        if self.router.kind == "soft" or self.dispatch == "dense":
+            return "dense"
+        if self.router.kind == "expert_choice":
+            return "capacity"
+        return "capacity" if self.capacity_factor is not None and training else "sorted"
+
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
 class ModelConfig:

@@ -106,7 +106,7 @@ class ModelParts:
         return tree if chunks == 1 else _map_stacked(take, tree)
 
     def add_chunk(self, total: Tree, part: Tree, chunk: Array) -> Tree:
-        """Add one chunk's stacked layers at its place, and everything else as it is."""
+        """Add what one chunk's layers gave [l, ...] at their place, and everything else as it is."""
 
         def add(whole: Array, leaf: Array) -> Array:
             start = chunk * leaf.shape[0]

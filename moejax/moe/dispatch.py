@@ -115,16 +115,16 @@ def slot_positions(
     runs = 2 if plan.config.context == "ring" else 1
     split = [x.reshape(x.shape[0], runs, -1, x.shape[2]) for x in (experts_BTA, chosen_BTA)]
     counted = [_count_before(e, c, num_experts) for e, c in zip(*(jnp.moveaxis(x, 1, 0) for x in split), strict=True)]
-    count_XBAE = jnp.stack([count for _, count in counted])
-    all_XBAE = plan.gather_local(count_XBAE, "seq", 0)
+    counts = jnp.stack([count for _, count in counted])
+    all_counts = plan.gather_local(counts, "seq", 0)
     ranks = plan.size("sequence")
     order = jnp.concatenate([plan.sequence_index(runs, rank) for rank in range(ranks)])
     mine = plan.sequence_index(runs)
     parts = []
     for run, (position, count_BAE) in enumerate(counted):
-        earlier_X1 = (order < mine[run])[:, None, None, None]
-        same_BAE = jnp.where(earlier_X1, all_XBAE, 0).sum(0)
-        total_BAE = all_XBAE.sum(0)
+        earlier = (order < mine[run])[:, None, None, None]
+        same_BAE = jnp.where(earlier, all_counts, 0).sum(0)
+        total_BAE = all_counts.sum(0)
         # `position` counts this run's earlier choices; the whole sequence's take their place.
         own_BAE = jnp.cumsum(count_BAE, axis=1) - count_BAE
         base_BAE = jnp.cumsum(total_BAE, axis=1) - total_BAE + same_BAE - own_BAE

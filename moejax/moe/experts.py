@@ -51,10 +51,13 @@ class Experts(nnx.Module):
     ) -> Float[Array, "R D"]:
         """Run each expert on its group of consecutive rows, on the device where it lies; E is the global number."""
         key = (context.draw(PURPOSE_EXPERT), self.plan.index("expert_ffn")) if self.dropping(context) else ()
-        run = partial(_run_groups, self.rate, self.implementation)
-        if self.plan.size("expert") == 1:
-            return run(self._weights(), key, x_RD, group_sizes_E, slots_R)
-        return exchange_rows(self.plan, run, self._weights(), key, x_RD, slots_R, group_sizes_E)
+        run, weights = partial(_run_groups, self.rate, self.implementation), self._weights()
+        ranks = self.plan.size("expert")
+        here = weights[0].shape[0]
+        assert here * ranks == group_sizes_E.shape[0], f"{here} experts on each of {ranks} ranks: rows go to others"
+        if ranks == 1:
+            return run(weights, key, x_RD, group_sizes_E, slots_R)
+        return exchange_rows(self.plan, run, weights, key, x_RD, slots_R, group_sizes_E)
 
     def dropping(self, context: Context) -> bool:
         """Say whether rows' slot numbers are asked for."""

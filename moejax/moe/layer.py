@@ -63,17 +63,7 @@ class MoELayer(nnx.Module):
         return outputs_EBTD, log_gate_EBT, stats
 
     def _dispatch(self, x_BTD: Array, routing: Routing, context: Context) -> Dispatched:
-        """Pick the way: capacity is for training alone, inference never drops a token."""
-        config, kind = self.config, self.config.router.kind
-        way = config.dispatch
-        if kind == "soft":
-            way = "dense"
-        elif kind == "expert_choice":
-            way = "capacity" if way == "auto" else way
-        elif config.capacity_factor is not None and way != "dense":
-            way = "capacity" if context.training else "sorted"
-        elif way == "auto":
-            way = "sorted"
+        config, way = self.config, self.config.way(context.training)
         if way == "dense":
             return dispatch_dense(self.experts, x_BTD, routing, context)
         if way == "sorted":

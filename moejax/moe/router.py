@@ -110,9 +110,11 @@ def _limit_groups(config: RouterConfig, ranked_BTE: Array, score_BTE: Array) -> 
         return ranked_BTE
     groups = (*ranked_BTE.shape[:2], config.num_groups, -1)
     few = max(config.num_active // config.groups_kept, 1)
-    score_BTX = lax.top_k(score_BTE.reshape(groups), few)[0].sum(-1)
-    kept_BTX = jax.nn.one_hot(lax.top_k(score_BTX, config.groups_kept)[1], config.num_groups, dtype=jnp.bool_).any(-2)
-    return jnp.where(kept_BTX[..., None], ranked_BTE.reshape(groups), -jnp.inf).reshape(ranked_BTE.shape)
+    group_scores = lax.top_k(score_BTE.reshape(groups), few)[0].sum(-1)
+    kept_groups = jax.nn.one_hot(
+        lax.top_k(group_scores, config.groups_kept)[1], config.num_groups, dtype=jnp.bool_
+    ).any(-2)
+    return jnp.where(kept_groups[..., None], ranked_BTE.reshape(groups), -jnp.inf).reshape(ranked_BTE.shape)
 
 
 def _all_experts(logits_BTE: Array, valid_BT: Array) -> Routing:

@@ -57,25 +57,25 @@ def exchange_rows(
 
 
 class _Traffic(NamedTuple):
-    """How many rows go from where to where; P is a rank of `expert`."""
+    """How many rows go from where to where; W is a rank of `expert`."""
 
-    start_P: Array
+    start_W: Array
     """first row of what this rank has for each peer"""
-    send_PP: Array
+    send_WW: Array
     """rows from one rank to another, over all rounds"""
-    local_Pe: Array
+    local_We: Array
     """rows from each rank for each of this rank's experts"""
     rounds: Array | int
 
 
 def _count(plan: MeshPlan, group_sizes_E: Array, per_round: int, num_rows: int) -> _Traffic:
     ranks = plan.size(AXIS)
-    sizes_PPe = lax.all_gather(group_sizes_E, AXIS).reshape(ranks, ranks, -1)
-    send_PP = sizes_PPe.sum(-1)
+    sizes_WWe = lax.all_gather(group_sizes_E, AXIS).reshape(ranks, ranks, -1)
+    send_WW = sizes_WWe.sum(-1)
     mine = lax.axis_index(AXIS)
-    start_P = jnp.cumsum(send_PP[mine]) - send_PP[mine]
-    rounds = 1 if per_round == num_rows else plan.max_over(-(-send_PP.max() // per_round), "batch", "seq")
-    return _Traffic(start_P, send_PP, sizes_PPe[:, mine], rounds)
+    start_W = jnp.cumsum(send_WW[mine]) - send_WW[mine]
+    rounds = 1 if per_round == num_rows else plan.max_over(-(-send_WW.max() // per_round), "batch", "seq")
+    return _Traffic(start_W, send_WW, sizes_WWe[:, mine], rounds)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -121,8 +121,8 @@ def _round(
     x_XD = move.out(x_RD)
     slots_X = move.out(slots_R[:, None].astype(jnp.int32))[:, 0].astype(slots_R.dtype) if constants else slots_R[:0]
     # Its place in the sender's run says whose row it is: runs are sorted by expert.
-    ends_Pe = jnp.cumsum(traffic.local_Pe, axis=1)
-    expert_X = (move.position_X[:, None] >= ends_Pe[move.source_X]).sum(-1).clip(max=local_experts - 1)
+    ends_We = jnp.cumsum(traffic.local_We, axis=1)
+    expert_X = (move.position_X[:, None] >= ends_We[move.source_X]).sum(-1).clip(max=local_experts - 1)
     order = sort_by_expert(expert_X[:, None], local_experts, move.valid_X[:, None])
     rows_XD = gather_rows(x_XD, order, 1)
     y_XD = run(weights, constants, rows_XD, order.group_sizes_E, slots_X[order.rows_R] if constants else slots_X)
@@ -135,18 +135,18 @@ class _Padded:
 
     def __init__(self, plan: MeshPlan, traffic: _Traffic, first: Array, per_round: int, num_rows: int) -> None:
         ranks, mine = plan.size(AXIS), lax.axis_index(AXIS)
-        offset_PX = jnp.broadcast_to(first + jnp.arange(per_round), (ranks, per_round))
-        peer_PX = jnp.broadcast_to(jnp.arange(ranks)[:, None], offset_PX.shape)
-        self.source_X, self.position_X = peer_PX.reshape(-1), offset_PX.reshape(-1)
-        self.valid_X = (offset_PX < traffic.send_PP[:, mine][:, None]).reshape(-1)
-        sent_P = traffic.send_PP[mine]
-        self._take_X = (traffic.start_P[:, None] + offset_PX).reshape(-1)
-        self._taken_X = (offset_PX < sent_P[:, None]).reshape(-1)
+        offset_WX = jnp.broadcast_to(first + jnp.arange(per_round), (ranks, per_round))
+        peer_WX = jnp.broadcast_to(jnp.arange(ranks)[:, None], offset_WX.shape)
+        self.source_X, self.position_X = peer_WX.reshape(-1), offset_WX.reshape(-1)
+        self.valid_X = (offset_WX < traffic.send_WW[:, mine][:, None]).reshape(-1)
+        sent_W = traffic.send_WW[mine]
+        self._take_X = (traffic.start_W[:, None] + offset_WX).reshape(-1)
+        self._taken_X = (offset_WX < sent_W[:, None]).reshape(-1)
         row_R = jnp.arange(num_rows)
-        peer_R = (row_R[:, None] >= jnp.cumsum(sent_P)).sum(-1).clip(max=ranks - 1)
-        place_R = row_R - traffic.start_P[peer_R] - first
+        peer_R = (row_R[:, None] >= jnp.cumsum(sent_W)).sum(-1).clip(max=ranks - 1)
+        place_R = row_R - traffic.start_W[peer_R] - first
         self._back_R = peer_R * per_round + place_R
-        self._kept_R = (place_R >= 0) & (place_R < per_round) & (row_R < sent_P.sum())
+        self._kept_R = (place_R >= 0) & (place_R < per_round) & (row_R < sent_W.sum())
 
     def out(self, x_RD: Array) -> Array:
         x_XD = move_rows(x_RD, self._take_X, self._taken_X, self._back_R, self._kept_R)
@@ -163,15 +163,15 @@ class _Ragged:
     def __init__(self, plan: MeshPlan, traffic: _Traffic, first: Array, per_round: int, num_rows: int) -> None:
         ranks, self._mine = plan.size(AXIS), lax.axis_index(AXIS)
         self._num_rows, self._num_places = num_rows, ranks * per_round
-        self._moved_PP = (traffic.send_PP - first).clip(0, per_round)
-        come_P = self._moved_PP[:, self._mine]
+        self._moved_WW = (traffic.send_WW - first).clip(0, per_round)
+        come_W = self._moved_WW[:, self._mine]
         place_X = jnp.arange(self._num_places)
-        self.source_X = (place_X[:, None] >= jnp.cumsum(come_P)).sum(-1).clip(max=ranks - 1)
-        self.position_X = first + place_X - (jnp.cumsum(come_P) - come_P)[self.source_X]
-        self.valid_X = place_X < come_P.sum()
+        self.source_X = (place_X[:, None] >= jnp.cumsum(come_W)).sum(-1).clip(max=ranks - 1)
+        self.position_X = first + place_X - (jnp.cumsum(come_W) - come_W)[self.source_X]
+        self.valid_X = place_X < come_W.sum()
         # Where rank p's rows begin, at p for q and at q from p.
-        self._at_sender_PP = jnp.cumsum(traffic.send_PP, axis=1) - traffic.send_PP + first
-        self._at_receiver_PP = jnp.cumsum(self._moved_PP, axis=0) - self._moved_PP
+        self._at_sender_WW = jnp.cumsum(traffic.send_WW, axis=1) - traffic.send_WW + first
+        self._at_receiver_WW = jnp.cumsum(self._moved_WW, axis=0) - self._moved_WW
 
     def _send(self, x: Array, size: int, starts: Array, sizes: Array, lands: Array, comes: Array) -> Array:
         room = vary_like(jnp.zeros((size, x.shape[1]), x.dtype), x)
@@ -179,11 +179,11 @@ class _Ragged:
         return lax.ragged_all_to_all(x, room, *arguments, axis_name=AXIS)
 
     def out(self, x_RD: Array) -> Array:
-        mine, moved = self._mine, self._moved_PP
-        starts, lands = self._at_sender_PP[mine], self._at_receiver_PP[mine]
+        mine, moved = self._mine, self._moved_WW
+        starts, lands = self._at_sender_WW[mine], self._at_receiver_WW[mine]
         return self._send(x_RD, self._num_places, starts, moved[mine], lands, moved[:, mine])
 
     def home(self, y_XD: Array) -> Array:
-        mine, moved = self._mine, self._moved_PP
-        starts, lands = self._at_receiver_PP[:, mine], self._at_sender_PP[:, mine]
+        mine, moved = self._mine, self._moved_WW
+        starts, lands = self._at_receiver_WW[:, mine], self._at_sender_WW[:, mine]
         return self._send(y_XD, self._num_rows, starts, moved[:, mine], lands, moved[mine])

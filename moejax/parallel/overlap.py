@@ -1,8 +1,8 @@
 """THE place for overlap of communication and arithmetic on GPUs: compiler flags, and matmuls that are their own ring.
 
 XLA:GPU runs collectives asynchronously on its own; what it needs is a schedule that leaves work between a collective's
-start and its end. `XLA_FLAGS` below ask for that (`experiments/cli.py` sets them where a GPU is; your own come after
-and win). Where the schedule finds nothing to put in between, as in tensor parallelism whose matmul waits for the
+start and its end. `XLA_FLAGS` below ask for that (`experiments/process.py` sets them where a GPU is; your own come
+after and win). Where the schedule finds nothing to put in between, as in tensor parallelism whose matmul waits for the
 whole gather, `overlap_tensor = true` in the mesh file cuts gather and matmul into ring steps: while one part is
 multiplied, the next one travels (arXiv 2302.05442, 3.1, Wang et al. ASPLOS 2023). The bytes stay the same.
 """

@@ -20,6 +20,7 @@ from moejax.axes import BATCH_AXES, MESH_AXES
 from moejax.compat import vary, varying_axes
 from moejax.config.mesh import MeshConfig
 from moejax.parallel.rules import Rules, make_rules
+from moejax.parallel.schedules import Schedule, make_schedule
 
 Tree = Any
 
@@ -94,6 +95,10 @@ class MeshPlan:
     def spmd(self, f: Callable[..., Any], ins: Tree, outs: Tree) -> Callable[..., Any]:
         """Run `f` on every device's part of its arguments: THE shard_map. `ins` and `outs` are trees of specs."""
         return jax.shard_map(f, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=True)
+
+    def schedule(self, microbatches: int) -> Schedule:
+        """Give the pipeline's table; of a single stage, one microbatch after the other."""
+        return make_schedule(self.config.schedule, self.config.pipeline, microbatches, self.config.chunks)
 
     # --- collectives, by logical name: inside the program ---
 

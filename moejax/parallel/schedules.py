@@ -6,7 +6,7 @@ piece of work finds its input sent in the tick before: no queue is needed.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -91,6 +91,10 @@ class Schedule:
                     free.append(int(take[tick, stage]))
             used = max(used, made)
         return np.where(put == IDLE, used, put), np.where(take == IDLE, used, take), used
+
+
+make_schedule = cache(Schedule)
+"""A schedule's tables are worked out once for all who ask."""
 
 
 def simulate(schedule: Schedule, forward_time: float = 1.0, backward_time: float = 2.0) -> tuple[float, float]:

@@ -14,7 +14,6 @@ from moejax.models import Decoder, ModelParts
 from moejax.models.decoder import Output
 from moejax.ops.random import fold
 from moejax.parallel import pipeline, zero
-from moejax.parallel.schedules import Schedule
 from moejax.train.loss import in_layer_order, router_loss, sum_tokens, token_losses
 
 Tree = Any
@@ -134,12 +133,11 @@ class _Job:
     def in_stages(self, params: Tree) -> tuple[Tree, Tree]:
         """Give local gradients, and metrics summed over this device's pieces of work."""
         plan, config = self.parts.plan, self.parts.config
-        schedule = Schedule(plan.config.schedule, plan.size("pipeline"), self.count, plan.config.chunks)
         _, rows, length = self.batch["inputs"].shape
         empty = pipeline.empty_message(plan, rows, length, config.embed, config.precision.compute)
         grads = zero.gradient_buffers(plan, params, self.parts.placements, config.precision.accumulate, False)
         zeros = (empty, grads, self._no_metrics(params, empty))
-        return pipeline.value_and_grad(plan, schedule, self, params, zeros)
+        return pipeline.value_and_grad(plan, plan.schedule(self.count), self, params, zeros)
 
     def _no_metrics(self, params: Tree, empty: Array) -> Tree:
         plan = self.parts.plan
@@ -186,14 +184,4 @@ class _Job:
     def record(self, total: Tree, metrics: Tree, chunk: Array) -> Tree:
         """Add one chunk's metrics: its layers' statistics to those of its layers."""
         sums = {key: total[key] + metrics[key] for key in ("loss", "aux")}
-        sums["stats"] = jax.tree.map(lambda t, m: add_at(t, m, chunk), total["stats"], metrics["stats"])
-        return sums
-
-
-def add_at(total: Array, part: Array, chunk: Array) -> Array:
-    """Add to the chunk-th run of rows."""
-    if total.shape == part.shape:
-        return total + part
-    size, start = part.shape[0], chunk * part.shape[0]
-    old = lax.dynamic_slice_in_dim(total, start, size)
-    return lax.dynamic_update_slice_in_dim(total, old + part, start, 0)
+        return sums | {"stats": self.parts.add_chunk(total["stats"], metrics["stats"], chunk)}

@@ -92,20 +92,17 @@ class Trial:
 
     def program(self, batch: HostBatch) -> Any:
         """Compile the training step."""
-        return self._lower(batch).compile()
+        return self._trace(batch).lower().compile()
 
     def jaxpr(self, batch: HostBatch) -> Any:
         """Trace the training step."""
-        step = make_train_step(self.parts, self.optimizer, self.config)
-        return step.trace(abstract_state(self.parts, self.optimizer), self._abstract(batch)).jaxpr
+        return self._trace(batch).jaxpr
 
-    def _lower(self, batch: HostBatch) -> Any:
-        step = make_train_step(self.parts, self.optimizer, self.config)
-        return step.lower(abstract_state(self.parts, self.optimizer), self._abstract(batch))
-
-    def _abstract(self, batch: HostBatch) -> Any:
+    def _trace(self, batch: HostBatch) -> Any:
         placed = place_batch(self.parts.plan, batch)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
+        step = make_train_step(self.parts, self.optimizer, self.config)
+        return step.trace(abstract_state(self.parts, self.optimizer), shapes)
 
     def train(self, state: TrainState, batches: Sequence[HostBatch], program: Any = None) -> Trained:
         """Run one step for each batch, all by one compiled program; `state` is numpy, in the layers' own order."""

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from moejax.compat import vary
-from moejax.config.run import RunConfig
+from moejax.config.run import RunConfig, TrainConfig
 from moejax.layers.context import Context
 from moejax.models import Decoder, ModelParts
 from moejax.models.decoder import Output
@@ -31,6 +31,15 @@ BATCH_KEYS = ("inputs", "targets", "segments", "positions", "weights", "bytes")
 def batch_specs(plan: MeshPlan) -> dict[str, PartitionSpec]:
     """Give the spec of every array of a batch [Y, B, T]: microbatch y is the same rows on every mesh."""
     return {key: plan.spec(None, "batch", "seq") for key in BATCH_KEYS}
+
+
+def abstract_batch(plan: MeshPlan, train: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Give the shapes, dtypes and places of a step's batch: what it takes to compile a step."""
+    shape = (train.microbatches, train.global_batch // train.microbatches, train.seq_len)
+    return {
+        key: jax.ShapeDtypeStruct(shape, jnp.float32 if key == "weights" else jnp.int32, sharding=plan.place(spec))
+        for key, spec in batch_specs(plan).items()
+    }
 
 
 def local_rows(plan: MeshPlan, rows: int) -> slice:

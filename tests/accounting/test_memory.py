@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from moejax.accounting.activations import LayerMemory
-from moejax.accounting.memory import WeightBytes, activation_bytes, cache_bytes, estimate_memory
+from moejax.accounting.activations import LayerMemory, activations
+from moejax.accounting.memory import WeightBytes, cache_bytes, estimate_memory
 from moejax.compat import vary
 from moejax.config.mesh import MeshConfig
 from moejax.config.model import AttentionConfig, ModelConfig, MoEConfig, Precision, RouterConfig
@@ -24,7 +24,7 @@ from moejax.models.block import Block
 from moejax.models.remat import rematerialize
 from moejax.parallel.plan import MeshPlan
 from moejax.train.state import abstract_state
-from moejax.train.step import BATCH_KEYS, batch_specs, make_train_step
+from moejax.train.step import abstract_batch, make_train_step
 from tests.conftest import assert_close, mesh_config, model_config
 from tests.tiny_runs import TinyRun, make_batch
 
@@ -124,18 +124,18 @@ def test_caches_are_split_over_tensor_and_batch():
 def test_activations_shrink_with_what_is_recomputed_and_what_is_split():
     train = TrainConfig(global_batch=16, seq_len=256)
 
-    def activations(mesh: str = "single", microbatches: int = 1, **changes: Any) -> float:
+    def size(mesh: str = "single", microbatches: int = 1, **changes: Any) -> float:
         config = dataclasses.replace(model_config("bench_mixtral"), **changes)
         plan = MeshPlan.on_paper(mesh_config(mesh).fill(1 if mesh == "single" else 8))
-        return activation_bytes(config, plan, dataclasses.replace(train, microbatches=microbatches))
+        return activations(config, plan, dataclasses.replace(train, microbatches=microbatches)).total
 
-    none, names, full = (activations(remat=policy) for policy in ("none", "names", "full"))
+    none, names, full = (size(remat=policy) for policy in ("none", "names", "full"))
     assert none > names > full
-    assert_close(activations(microbatches=4), none / 4)
-    assert_close(activations("data8"), none / 8)
-    assert none > activations("tensor4_data2") > activations("tensor4_data2_sp") > none / 8
+    assert_close(size(microbatches=4), none / 4)
+    assert_close(size("data8"), none / 8)
+    assert none > size("tensor4_data2") > size("tensor4_data2_sp") > none / 8
     naive = dataclasses.replace(model_config("bench_mixtral").attention, implementation="naive")
-    assert activations(attention=naive) > none
+    assert size(attention=naive) > none
 
 
 def residual_bytes(config: ModelConfig, mesh: MeshConfig, rows: int) -> float:
@@ -230,11 +230,8 @@ def error(kind: str, remat: str, mesh: str, microbatches: int) -> float:
     batch = 16 * plan.degree("batch") * (1 if microbatches == 1 else microbatches // 2)
     changes = {"global_batch": batch, "seq_len": LENGTH, "microbatches": microbatches}
     run = TinyRun.of(config, MESHES[mesh], **changes)
-    shape, specs = (microbatches, batch // microbatches, LENGTH), batch_specs(plan)
-    kinds = {key: jnp.float32 if key == "weights" else jnp.int32 for key in BATCH_KEYS}
-    arrays = {k: jax.ShapeDtypeStruct(shape, d, sharding=run.parts.plan.place(specs[k])) for k, d in kinds.items()}
     step = make_train_step(run.parts, run.optimizer, run.config)
-    lowered = step.lower(abstract_state(run.parts, run.optimizer), arrays)
+    lowered = step.lower(abstract_state(run.parts, run.optimizer), abstract_batch(run.parts.plan, run.config.train))
     compiled = lowered.compile({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}).memory_analysis()
     total = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
     return estimate_memory(run.parts, run.config.train).total / total - 1

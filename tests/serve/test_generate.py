@@ -44,10 +44,12 @@ def test_cached_generation_writes_the_oracles_tokens(name: str) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", WRITERS)
-def test_prefill_and_decode_give_the_full_forwards_logits(name: str) -> None:
+@pytest.mark.parametrize(("name", "window"), [*((name, None) for name in WRITERS), ("dense_tiny", 5)])
+def test_prefill_and_decode_give_the_full_forwards_logits(name: str, window: int | None) -> None:
     """Two chunks and a single token through the cache, left padding included, against one forward."""
-    parts = parts_on(name, MeshConfig(), 1)
+    config = exact(name)
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, window=window))
+    parts = ModelParts.of(config, MeshPlan.single())
     model = parts.merge(*parts.init(0))
     ids_BT = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 14)), jnp.int32)
     pad_B = jnp.asarray([0, 3], jnp.int32)

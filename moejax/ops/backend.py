@@ -1,0 +1,61 @@
+"""Who computes an op? THE place where a kernel is chosen: by name, or "auto" by the chip that the program is for."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from pallas_kernels.target import Declined, Target, target
+
+from moejax.compat import vary_like
+
+IMPLEMENTATIONS = ("auto", "mosaic", "triton", "cudnn", "xla")
+"""What a config may name; an op may have references beside them, by names of its own."""
+
+Way = Callable[..., Any]
+
+_log = logging.getLogger(__name__)
+
+
+def to_common_axes(*arrays: jax.Array) -> list[jax.Array]:
+    """Let all inputs of a custom_vjp vary on the same mesh axes; the transpose sums the gradients back."""
+    return [vary_like(x, *arrays) for x in arrays]
+
+
+def choose(
+    op: str,
+    implementation: str,
+    ways: Mapping[str, Way],
+    order: Callable[[Target], Sequence[str]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Call the named way, or for "auto" the first of `order(target)` that does not decline.
+
+    A way raises `Declined` for what it cannot take: named, that is the user's error; under "auto" the next one is
+    tried and the reason is logged once. Raises ValueError for a name that is not among `ways`.
+    """
+    if implementation != "auto":
+        if implementation not in ways:
+            raise ValueError(f'{op}: implementation "{implementation}" must be one of auto, {", ".join(ways)}')
+        return _restored(ways[implementation](*args, **kwargs), args)
+    chip = target()
+    names = [name for name in order(chip) if name in ways]
+    for name in names[:-1]:
+        try:
+            return _restored(ways[name](*args, **kwargs), args)
+        except Declined as reason:
+            _log_once(op, name, chip.kind, str(reason))
+    return _restored(ways[names[-1]](*args, **kwargs), args)
+
+
+def _restored(outputs: Any, args: Any) -> Any:
+    """Mark outputs as varying over every axis that an input varies on: kernels forget it."""
+    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+    return jax.tree.map(lambda y: vary_like(y, *arrays), outputs)
+
+
+@functools.cache
+def _log_once(op: str, name: str, kind: str, reason: str) -> None:
+    _log.warning("%s: not by %s on %s: %s", op, name, kind, reason)

@@ -1,0 +1,76 @@
+"""How does one kernel text run on the GPU and in Mosaic's interpreter on a CPU? The interpreter's holes are bridged here.
+
+It knows no `run_state` with an accumulator and no wgmma with its left operand in registers (jax 0.11.2): while it
+runs, an accumulator is a Python object that holds a value, and such a wgmma is a product of values.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+Array = jax.Array
+
+LOG2E = 1.4426950408889634
+SMEM_LIMIT = 232_448
+"""Bytes of shared memory that one block may have (Hopper)."""
+NUM_SMS = 132
+"""Multiprocessors of an H100 or H200 (SXM): the blocks of a persistent grid."""
+
+
+def interpreting() -> bool:
+    """Say whether kernels traced now go to the interpreter (`plgpu.force_gpu_interpret_mode`)."""
+    from jax._src import config  # no public way to ask
+
+    mode = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)
+    return mode is not None and mode.value is not None
+
+
+def tiles(dtype: jax.typing.DTypeLike, columns: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Give the transforms of a matrix in shared memory that TMA writes and wgmma reads, `columns` wide."""
+    width = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(columns * width * 8)
+    return plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle)
+
+
+def matrix(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
+    """Give the type of a tiled, swizzled matrix [..., rows, columns] in shared memory."""
+    return plgpu.SMEM(shape, dtype, transforms=tiles(dtype, shape[-1]))
+
+
+class _Accumulator:
+    """An accumulator while the interpreter runs: the value itself."""
+
+    def __init__(self, value: Array) -> None:
+        self.value, self.shape, self.dtype = value, value.shape, value.dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.value[index]
+
+
+def run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
+    """Run `body` on accumulators that begin as `plgpu.ACC.init(value)`, a tree of them; give their final values."""
+    if not interpreting():
+        return pl.run_state(body)
+
+    def run(inits: Any) -> Any:
+        is_init = lambda x: isinstance(x, plgpu.ACC)
+        accumulators = jax.tree.map(lambda init: _Accumulator(init._init), inits, is_leaf=is_init)
+        body(accumulators)
+        return jax.tree.map(lambda a: a.value, accumulators, is_leaf=lambda x: isinstance(x, _Accumulator))
+
+    return run
+
+
+def wgmma(acc: Any, a: Any, b: Any) -> None:
+    """Add a @ b to the accumulator: `a` in registers or shared memory, `b` in shared memory."""
+    if not isinstance(acc, _Accumulator):
+        plgpu.wgmma(acc, a, b)
+        return
+    left, right = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+    plgpu.commit_smem()  # this read went past the copy engine's proxy: order it before the next copy
+    product = jnp.dot(left.astype(jnp.float32), right.astype(jnp.float32))
+    acc.value = acc.value + product.astype(acc.dtype)

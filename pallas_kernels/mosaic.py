@@ -1,4 +1,4 @@
-"""How does one kernel text run on the GPU and in Mosaic's interpreter on a CPU? The interpreter's holes are bridged here.
+"""How does one kernel text run on the GPU and in Mosaic's interpreter? The interpreter's holes are bridged here.
 
 It knows no `run_state` with an accumulator and no wgmma with its left operand in registers (jax 0.11.2): while it
 runs, an accumulator is a Python object that holds a value, and such a wgmma is a product of values.
@@ -33,7 +33,9 @@ def tiles(dtype: jax.typing.DTypeLike, columns: int) -> tuple[plgpu.TilingTransf
     """Give the transforms of a matrix in shared memory that TMA writes and wgmma reads, `columns` wide."""
     width = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * width * 8)
-    return plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle)
+    tiling: Any = plgpu.TilingTransform  # pyright takes these for abstract classes
+    swizzling: Any = plgpu.SwizzleTransform
+    return tiling((8, swizzle // width)), swizzling(swizzle)
 
 
 def matrix(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
@@ -57,10 +59,10 @@ def run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
         return pl.run_state(body)
 
     def run(inits: Any) -> Any:
-        is_init = lambda x: isinstance(x, plgpu.ACC)
-        accumulators = jax.tree.map(lambda init: _Accumulator(init._init), inits, is_leaf=is_init)
-        body(accumulators)
-        return jax.tree.map(lambda a: a.value, accumulators, is_leaf=lambda x: isinstance(x, _Accumulator))
+        leaves, structure = jax.tree.flatten(inits, is_leaf=lambda x: isinstance(x, plgpu.ACC))
+        accumulators = [_Accumulator(init._init) for init in leaves]
+        body(jax.tree.unflatten(structure, accumulators))
+        return jax.tree.unflatten(structure, [a.value for a in accumulators])
 
     return run
 

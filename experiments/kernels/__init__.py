@@ -1,1 +1,1 @@
-"""What `bench_kernels`, `tune_kernels` and the ahead-of-time tests run: the grids of each family of kernels, as data."""
+"""What `bench_kernels`, `tune_kernels` and the ahead-of-time tests run: the grids of each family of kernels."""

@@ -1,4 +1,4 @@
-"""What did the compiler make of a GPU kernel? Registers, spills, shared memory and machine instructions, without a GPU."""
+"""What did the compiler make of a GPU kernel? Registers, spills, shared memory, machine code; no GPU needed."""
 
 import contextlib
 import importlib.util
@@ -107,21 +107,24 @@ def _report(path: Path) -> KernelReport:
     said = path.read_text(errors="replace")
     texts = {kind: _read(path.with_suffix(kind)) for kind in (".ptx", ".sass_ctrl", ".resources.txt")}
     ptx, sass = texts[".ptx"], texts[".sass_ctrl"]
-    numbers = lambda pattern, text: [int(x) for x in re.findall(pattern, text)]
     if sass:
         wgmma, tma = len(re.findall(r"\bHGMMA\b", sass)), len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass))
     else:
         wgmma, tma = ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor")
     return KernelReport(
         name=path.stem,
-        registers=max(numbers(r"Used (\d+) registers", said), default=0),
-        spills=sum(numbers(r"(\d+) bytes spill", said)),
-        shared_memory=max(numbers(r"smem_scratch_bytes=(\d+)", texts[".resources.txt"]), default=0),
+        registers=max(_numbers(r"Used (\d+) registers", said), default=0),
+        spills=sum(_numbers(r"(\d+) bytes spill", said)),
+        shared_memory=max(_numbers(r"smem_scratch_bytes=(\d+)", texts[".resources.txt"]), default=0),
         wgmma=wgmma,
         tma=tma,
         sass=bool(sass),
         ignored_setmaxnreg="C7504" in said,
     )
+
+
+def _numbers(pattern: str, text: str) -> list[int]:
+    return [int(x) for x in re.findall(pattern, text)]
 
 
 def _read(path: Path) -> str:

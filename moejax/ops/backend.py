@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from pallas_kernels.target import Declined, Target, target
 
 from moejax.compat import vary_like
+from pallas_kernels.target import Declined, Target, target
 
 IMPLEMENTATIONS = ("auto", "mosaic", "triton", "cudnn", "xla")
 """What a config may name; an op may have references beside them, by names of its own."""

@@ -229,31 +229,16 @@ def serving(best: Sequence[Ranked], sequences: int) -> str:
 
 def compile_ahead(config: Any, number: int, chip: "Chip", best: Ranked) -> dict[str, Any]:
     """Compile the training step for devices that are not here; print the compiler's figures beside the estimate."""
-    import jax
-
     from moejax.accounting.communication import by_axes, expected_transfers
     from moejax.accounting.compiled import collectives
     from moejax.accounting.contract import pipeline_turns
     from moejax.accounting.target import h200_devices
-    from moejax.models import ModelParts
-    from moejax.parallel.plan import MeshPlan
-    from moejax.train import optimizer as optimizers
-    from moejax.train.state import abstract_state
-    from moejax.train.step import abstract_batch, make_train_step
+    from moejax.train.ahead import lower_train_step
 
-    # Code that picks by `jax.default_backend()` sees this machine's; XLA's ragged_dot would hold E times the rows.
-    experts = "" if config.model.moe is None else ", experts in blocked loops, not by XLA's ragged_dot"
-    print(f"compiling for {number} x H200{experts} (minutes) ...", flush=True)
+    print(f"compiling for {number} x H200 (minutes) ...", flush=True)
     began, train = time.perf_counter(), config.train
-    plan = MeshPlan.from_config(config.mesh, h200_devices(number, chip))
-    parts = ModelParts.of(config.model, plan)
-    optimizer = optimizers.build(config.optimizer, train.steps, parts.placements)
-    step = make_train_step(parts, optimizer, config)
-    with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
-        lowered = step.trace(abstract_state(parts, optimizer), abstract_batch(plan, train)).lower(
-            lowering_platforms=("cuda",)
-        )
-    compiled = lowered.compile()
+    lowered, parts = lower_train_step(config, h200_devices(number, chip))
+    compiled, plan = lowered.compile(), parts.plan
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
     total, predicted = memory.argument_size_in_bytes + memory.temp_size_in_bytes, best.candidate.memory.total
     print(

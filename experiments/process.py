@@ -71,6 +71,8 @@ def setup_jax(keep_programs: bool | None = None) -> None:
 
     from moejax.parallel import launch, overlap
 
+    if not DRIVER.exists():  # jax's CUDA plugin may be here to compile for other machines: let it not miss CUDA
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if DRIVER.exists() and os.environ.get("JAX_PLATFORMS") != "cpu":
         os.environ["XLA_FLAGS"] = overlap.flags(os.environ.get("XLA_FLAGS", ""))  # heard when jax looks for devices
     launch.start()

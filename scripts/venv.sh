@@ -72,7 +72,7 @@ make_venv() { # extras wanted; what an earlier call installed stays
     echo "installing moejax${extras:+ with $extras} into .venv (a minute or two) ..."
     rm -f "$stamp" # it returns when all is well
     (cd "$ROOT" && "$VENV/bin/python" -m pip install -qq --disable-pip-version-check \
-        -c constraints.txt -e ".${extras:+[${extras// /,}]}")
+        -c constraints.txt -e ".${extras:+[${extras// /,}]}") || return 1
     echo "$(fingerprint) $extras" >"$stamp"
 }
 

@@ -15,7 +15,7 @@ from moejax.config.model import ModelConfig, MoEConfig
 from moejax.config.run import TrainConfig
 from moejax.models import FAMILIES
 from moejax.moe.router import num_slots
-from moejax.ops.attention import MAX_BLOCKS, MIN_BLOCK
+from moejax.ops.blockwise_attention import BLOCK, LONG, LONG_BLOCK
 from moejax.parallel.exchange import quota
 from moejax.parallel.plan import MeshPlan
 
@@ -61,7 +61,7 @@ class LayerMemory:
         if plan.degree("kv_heads") < tensor:  # replicated heads are picked for the local queries
             self.kv_heads = self.heads
         self.head_dim = attention.head_dim
-        self.naive = attention.implementation == "naive" or attention.dropout > 0
+        self.naive = attention.implementation == "reference" or attention.dropout > 0
 
     # --- what the forward keeps of one layer
 
@@ -123,7 +123,7 @@ class LayerMemory:
     # --- what a layer's backward holds at once
 
     def scores(self) -> float:
-        """Every block's scores and their exponentials, since nothing orders the blocks; each one's padded dk, or dv."""
+        """All short blocks' scores and exponentials, since nothing orders them, and each padded dk; or a loop's."""
         if self.plan.size("sequence") > 1 and self.plan.config.context == "ring":
             # The own square whole, or half a square of another rank's: probabilities and their gradient.
             keys = 4 * self.tokens * self.kv_heads * self.head_dim * self.wide
@@ -131,10 +131,12 @@ class LayerMemory:
         length, heads = self.train.seq_len, self.heads / self.plan.size("sequence")
         if self.naive:
             return 2 * self.rows * heads * length**2 * self.wide
-        block = min(length, max(MIN_BLOCK, -(-length // (MAX_BLOCKS * MIN_BLOCK)) * MIN_BLOCK))
-        blocks = math.ceil(length / block)
-        triangle = length * (length + block) / 2
         kv_heads = self.kv_heads / self.plan.size("sequence")
+        if length >= LONG:  # one block's; and dq, dk and dv not yet rounded
+            gradients = length * (heads + 2 * kv_heads) * self.head_dim
+            return self.rows * (2 * heads * LONG_BLOCK**2 + gradients) * self.wide
+        blocks = math.ceil(length / BLOCK)
+        triangle = length * (length + min(length, BLOCK)) / 2
         padded = blocks * length * kv_heads * self.head_dim
         return self.rows * (2 * heads * triangle + padded) * self.wide
 

@@ -1,6 +1,7 @@
 """What did the compiler make of a GPU kernel? Registers, spills, shared memory, machine code; no GPU needed."""
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.accounting.chips import named_chip
@@ -68,7 +70,8 @@ def compile_for(mesh: Mesh, f: Callable, *args: jax.ShapeDtypeStruct, **options:
     ]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(f).trace(*placed).lower(lowering_platforms=("cuda",))
-    return lowered.compile(compiler_options=options or None)
+    with _nothing_kept():
+        return lowered.compile(compiler_options=options or None)
 
 
 def kernel_reports(f: Callable, *args: jax.ShapeDtypeStruct) -> tuple[list[KernelReport], int]:
@@ -83,8 +86,22 @@ def kernel_reports(f: Callable, *args: jax.ShapeDtypeStruct) -> tuple[list[Kerne
 
 
 @contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Compile without jax's cache on disk: a program for a chip that is not here can be kept but not read back."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether it is used is asked once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
 def _dumping(folder: str) -> Iterator[None]:
     """Let Mosaic write what it makes into `folder`; machine code only where a disassembler is (triton brings one)."""
+    importlib.import_module("jax.experimental.mosaic.gpu")  # sets CUDA_ROOT itself, over ours, if it comes later
     wanted = {"MOSAIC_GPU_DUMP_TO": folder}
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin:

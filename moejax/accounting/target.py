@@ -46,11 +46,9 @@ def missing_plugins() -> str | None:
         found = False
     if found:
         return None
-    version = jax.__version__
-    # Without their dependencies: CUDA's libraries are for running, 3 GB, and no part of compiling.
     return (
-        "compiling for GPUs wants jax's CUDA plugin (no GPU, no CUDA): "
-        f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
+        "compiling for GPUs wants jax's CUDA plugin (no GPU, no CUDA): bash scripts/venv.sh aot, or "
+        f"pip install jax-cuda13-plugin=={jax.__version__}"
     )
 
 

@@ -44,8 +44,9 @@ class AttentionConfig:
     """dropout rate of attention probabilities"""
     window: Count | None = None
     """a query sees so many keys, its own included (sliding window, arXiv 2310.06825); none: all before it"""
-    implementation: Literal["auto", "naive", "blockwise"] = "auto"
-    """naive: the oracle, O(T*S) memory; blockwise: online softmax; auto: the faster that fits"""
+    implementation: Literal["auto", "mosaic", "cudnn", "xla", "reference"] = "auto"
+    """mosaic: flash attention on Hopper; cudnn: on GPUs, without packed documents; xla: by blocks; reference: all
+    scores in memory; auto: mosaic on Hopper where it can, else xla"""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -113,7 +114,7 @@ class MoEConfig:
     dispatch: Literal["auto", "dense", "capacity", "sorted"] = "auto"
     """dense: every expert on every token (the oracle); capacity: fixed slots, overflow dropped and counted;
     sorted: dropless grouped matmul; auto: capacity where a capacity_factor is given, else sorted"""
-    implementation: Literal["auto", "blocked", "ragged_dot", "reference"] = "auto"
+    implementation: Literal["auto", "mosaic", "triton", "xla", "ragged_dot", "reference"] = "auto"
     """sorted: how groups of rows meet their experts' weights; see ops/grouped_matmul.py"""
     num_shared_experts: Annotated[int, Field(ge=0)] = 0
     """experts of width expert_ffn that see every token, ungated (arXiv 2401.06066)"""

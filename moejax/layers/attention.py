@@ -8,7 +8,8 @@ from moejax.config.model import AttentionConfig, Precision
 from moejax.layers.cache import KVCache
 from moejax.layers.context import PURPOSE_ATTENTION, Context
 from moejax.layers.param import make_param, read
-from moejax.ops.attention import Drop, attention, visible
+from moejax.ops.attention import Drop, attention
+from moejax.ops.mask import Mask
 from moejax.ops.random import dropout
 from moejax.ops.rope import apply_rope
 from moejax.parallel.overlap import column_parallel, row_parallel
@@ -61,15 +62,15 @@ class Attention(nnx.Module):
             )
             return self._out(o_BTNH), None
         if cache is None:
-            k_BSKH, v_BSKH, k_index_BS, k_segments_BS = k_BTKH, v_BTKH, context.index_BT, context.segments_BT
+            k_BSKH, v_BSKH, mask = k_BTKH, v_BTKH, Mask.of_segments(context.segments_BT, self.config.window)
         else:
-            cache = cache.write(k_BTKH, v_BTKH, context.segments_BT, context.index_BT[0, 0])
+            start = context.index_BT[0, 0]
+            cache = cache.write(k_BTKH, v_BTKH, context.segments_BT, start)
             k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
-            k_segments_BS = cache.segments_BS
-            k_index_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_segments_BS.shape)
-        seen_BTS = visible(context.index_BT, k_index_BS, context.segments_BT, k_segments_BS, self.config.window)
+            mask = Mask(context.segments_BT, cache.segments_BS, (start,), window=self.config.window)
         k_BSKH, v_BSKH = self._local_kv(k_BSKH), self._local_kv(v_BSKH)
-        o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, seen_BTS, self._drop(context), self.config.implementation)
+        way, drop = self.config.implementation, self._drop(context)
+        o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, mask, drop=drop, implementation=way)
         return self._out(o_BTNH), cache
 
     def _out(self, o_BTNH: Array) -> Array:

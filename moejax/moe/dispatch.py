@@ -15,6 +15,7 @@ from moejax.moe.router import Routing
 from moejax.ops.permute import combine_rows, gather_rows, sort_by_expert
 from moejax.ops.swiglu import swiglu
 from moejax.parallel.plan import MeshPlan
+from pallas_kernels.target import target
 
 
 class Dispatched(NamedTuple):
@@ -62,11 +63,12 @@ def dispatch_sorted(experts: Experts, x_BTD: Float[Array, "B T D"], routing: Rou
     order = sort_by_expert(
         routing.experts_BTA.reshape(-1, active), routing.probs_BTE.shape[-1], routing.chosen_BTA.reshape(-1, active)
     )
-    x_RD = gather_rows(x_BTD.reshape(-1, dim), order, active)
+    permute = "triton" if experts.implementation == "triton" else "auto"
+    x_RD = gather_rows(x_BTD.reshape(-1, dim), order, active, implementation=permute)
     slots_R = _slot_numbers(routing, context).reshape(-1)[order.rows_R]
     y_RD = experts.grouped(x_RD, order.group_sizes_E, slots_R, context)
     weights_MA = jnp.where(routing.chosen_BTA, routing.weights_BTA, 0.0).reshape(-1, active)
-    y_MD = combine_rows(y_RD, weights_MA, order)
+    y_MD = combine_rows(y_RD, weights_MA, order, implementation=permute)
     return Dispatched(y_MD.reshape(batch, length, dim).astype(x_BTD.dtype), routing.chosen_BTA)
 
 
@@ -79,7 +81,7 @@ Apart = Sequence[tuple[Array, Array]]
 
 def few_pays(num_tokens: int) -> bool:
     """Say whether `dispatch_few` is the faster way: few tokens, on a CPU (a GPU would wait for each condition)."""
-    return num_tokens <= FEW_TOKENS and jax.default_backend() == "cpu"
+    return num_tokens <= FEW_TOKENS and target().platform == "cpu"
 
 
 def dispatch_few(experts: Apart, x_BTD: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:

@@ -1,233 +1,284 @@
-"""What does a query see? Softmax attention over grouped heads, causal inside a segment."""
+"""What does a query bring home? Softmax attention over grouped heads."""
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from moejax.compat import vary_like
+from moejax.ops.backend import call, choose, to_common_axes
+from moejax.ops.blockwise_attention import Partial, attend, attend_bwd, blockwise, blockwise_bwd, merge, wants_delta
+from moejax.ops.mask import PLAIN, Mask, Scoring
+from pallas_kernels.target import Declined, Target, target
 
 Drop = Callable[[Array], Array]
 """Dropout of the probabilities p_BKGTS."""
-
-MIN_BLOCK, MAX_BLOCKS = 64, 16
-"""The blockwise path scores at least so many queries at a time, in at most so many blocks (each is compiled)."""
-
-
-def visible(
-    q_index_BT: Int[Array, "B T"],
-    k_index_BS: Int[Array, "B S"],
-    q_segments_BT: Int[Array, "B T"],
-    k_segments_BS: Int[Array, "B S"],
-    window: int | None = None,
-) -> Bool[Array, "B T S"]:
-    """Say which keys a query sees: those of its own segment that do not come after it, the last `window` of them."""
-    distance_BTS = q_index_BT[:, :, None] - k_index_BS[:, None, :]
-    seen_BTS = (distance_BTS >= 0) & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
-    return seen_BTS if window is None else seen_BTS & (distance_BTS < window)
 
 
 def naive_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    visible_BTS: Bool[Array, "B T S"],
+    v_BSKU: Float[Array, "B S K U"],
+    visible_BTS: Bool[Array, "b T S"],
     drop: Drop | None = None,
-) -> Float[Array, "B T N H"]:
+    scoring: Scoring = PLAIN,
+    sinks_N: Float[Array, "N"] | None = None,
+) -> Float[Array, "B T N U"]:
     """Attend with all scores in memory: the oracle. A query that sees nothing gives zeros.
 
-    Key/value head k serves query heads k*G .. k*G+G-1; scores and softmax in float32 or wider.
+    Key/value head k serves query heads k*G .. k*G+G-1; scores and softmax in float32 or wider. A sink is a score that
+    every query of a head sees and that brings nothing home (gpt-oss).
     """
     batch, length, heads, dim = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q_BTKGH = (q_BTNH * (1.0 / math.sqrt(dim))).reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
+    q_BTKGH = (q_BTNH * scoring.factor(dim)).reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    s_BKGTS = scoring.bend(jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide))
     seen = visible_BTS[:, None, None]
     s_BKGTS = jnp.where(seen, s_BKGTS, jnp.finfo(wide).min)
-    e_BKGTS = jnp.exp(s_BKGTS - jax.lax.stop_gradient(s_BKGTS.max(-1, keepdims=True)))
-    e_BKGTS = jnp.where(seen, e_BKGTS, 0.0)
-    norm_BKGT = jnp.maximum(e_BKGTS.sum(-1), jnp.finfo(wide).tiny)
+    none_N = jnp.full(heads, -jnp.inf, wide)
+    sink_KG11 = (none_N if sinks_N is None else sinks_N.astype(wide)).reshape(kv_heads, -1, 1, 1)
+    max_BKGT1 = jax.lax.stop_gradient(jnp.maximum(s_BKGTS.max(-1, keepdims=True), sink_KG11))
+    e_BKGTS = jnp.where(seen, jnp.exp(s_BKGTS - max_BKGT1), 0.0)
+    norm_BKGT = jnp.maximum(e_BKGTS.sum(-1) + jnp.exp(sink_KG11 - max_BKGT1)[..., 0], jnp.finfo(wide).tiny)
     if drop is not None:
         e_BKGTS = drop(e_BKGTS)
-    o_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", e_BKGTS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=wide)
-    o_BKGTH = o_BKGTH / norm_BKGT[..., None]
-    return jnp.moveaxis(o_BKGTH, 3, 1).reshape(batch, length, heads, -1).astype(q_BTNH.dtype)
-
-
-def blockwise_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    visible_BTS: Bool[Array, "B T S"],
-    block: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """Attend a block of queries at a time, against the keys up to the block's end; scores are recomputed backward.
-
-    For T = S alone (key i is at index i): skips the half of the scores that causality hides, and keeps the rest in
-    cache; O(T) memory is saved for the backward (arXiv 2205.14135).
-    """
-    length = q_BTNH.shape[1]
-    if k_BSKH.shape[1] != length:
-        raise ValueError(f"blockwise attention needs as many keys ({k_BSKH.shape[1]}) as queries ({length})")
-    block = block or max(MIN_BLOCK, -(-length // (MAX_BLOCKS * MIN_BLOCK)) * MIN_BLOCK)
-    arrays = (q_BTNH, k_BSKH, v_BSKH, visible_BTS)
-    return _attend_blocks(block, *(vary_like(x, *arrays) for x in arrays))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_blocks(block: int, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> Array:
-    return _attend_blocks_fwd(block, q_BTNH, k_BSKH, v_BSKH, visible_BTS)[0]
-
-
-def _attend_blocks_fwd(
-    block: int, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array
-) -> tuple[Array, tuple]:
-    parts = []
-    for start in range(0, q_BTNH.shape[1], block):
-        rows, keys = slice(start, start + block), slice(0, start + block)
-        parts.append(attend(q_BTNH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], visible_BTS[:, rows, keys]))
-    o_BTNH, lse_BTN = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-    return o_BTNH.astype(q_BTNH.dtype), (q_BTNH, k_BSKH, v_BSKH, visible_BTS, lse_BTN)
-
-
-def _attend_blocks_bwd(block: int, saved: tuple, do_BTNH: Array) -> tuple:
-    """Go through the blocks again; a key's gradient is the sum over the blocks that see it."""
-    q_BTNH, k_BSKH, v_BSKH, visible_BTS, lse_BTN = saved
-    dq, dk, dv = [], [], []
-    length = q_BTNH.shape[1]
-    for start in range(0, length, block):
-        rows, keys = slice(start, start + block), slice(0, start + block)
-        dq_block, dk_block, dv_block = attend_bwd(
-            q_BTNH[:, rows],
-            k_BSKH[:, keys],
-            v_BSKH[:, keys],
-            visible_BTS[:, rows, keys],
-            lse_BTN[:, rows],
-            do_BTNH[:, rows],
-        )
-        rest = ((0, 0), (0, length - dk_block.shape[1]), (0, 0), (0, 0))
-        dq.append(dq_block)
-        dk.append(jnp.pad(dk_block, rest))
-        dv.append(jnp.pad(dv_block, rest))
-    dk_BSKH, dv_BSKH = (functools.reduce(jnp.add, parts).astype(k_BSKH.dtype) for parts in (dk, dv))
-    return jnp.concatenate(dq, axis=1).astype(q_BTNH.dtype), dk_BSKH, dv_BSKH, None
-
-
-_attend_blocks.defvjp(_attend_blocks_fwd, _attend_blocks_bwd)
-
-
-def _by_kv_head(x_BTNH: Array, kv_heads: int) -> Array:
-    """Turn [B, T, N, H] into [B, K, G*T, H]: the queries that share a key/value head are one matrix's rows."""
-    batch, length, heads, dim = x_BTNH.shape
-    x_BTKGH = x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    return x_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
-
-
-def _by_query(x_BKQH: Array, length: int) -> Array:
-    """Undo `_by_kv_head`."""
-    batch, kv_heads, _, dim = x_BKQH.shape
-    x_BKGTH = x_BKQH.reshape(batch, kv_heads, -1, length, dim)
-    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, dim)
-
-
-def _scores(q_BKQH: Array, k_BSKH: Array, visible_BTS: Array) -> Array:
-    """Give the masked scores [B, K, G*T, S]; the mask is added: one pass less than a select."""
-    batch, kv_heads, rows, dim = q_BKQH.shape
-    wide = jnp.promote_types(q_BKQH.dtype, jnp.float32)
-    scale = jnp.asarray(1.0 / math.sqrt(dim), q_BKQH.dtype)
-    s_BKQS = jnp.einsum("BKQH,BSKH->BKQS", q_BKQH * scale, k_BSKH, preferred_element_type=wide)
-    bias_BTS = jnp.where(visible_BTS, 0.0, 0.5 * jnp.finfo(wide).min).astype(wide)
-    _, length, keys = visible_BTS.shape
-    s_BKGTS = s_BKQS.reshape(batch, kv_heads, -1, length, keys) + bias_BTS[:, None, None]
-    return s_BKGTS.reshape(batch, kv_heads, rows, keys)
-
-
-def attend(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    visible_BTS: Bool[Array, "B T S"],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attend to a part of the keys: the output over these alone and its log-sum-exp, in float32 or wider.
-
-    A query that sees nothing gives zeros and -inf; `merge` joins two parts.
-    """
-    length, kv_heads = q_BTNH.shape[1], k_BSKH.shape[2]
-    s_BKQS = _scores(_by_kv_head(q_BTNH, kv_heads), k_BSKH, visible_BTS)
-    max_BKQ1 = s_BKQS.max(-1, keepdims=True)
-    e_BKQS = jnp.exp(s_BKQS - max_BKQ1)
-    norm_BKQ1 = e_BKQS.sum(-1, keepdims=True)
-    o_BKQH = jnp.einsum("BKQS,BSKH->BKQH", e_BKQS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=norm_BKQ1.dtype)
-    sees_BKQ1 = max_BKQ1 > 0.25 * jnp.finfo(s_BKQS.dtype).min
-    o_BKQH = jnp.where(sees_BKQ1, o_BKQH / norm_BKQ1, 0.0)
-    lse_BKQ1 = jnp.where(sees_BKQ1, max_BKQ1 + jnp.log(norm_BKQ1), -jnp.inf)
-    return _by_query(o_BKQH, length), _by_query(lse_BKQ1, length)[..., 0]
-
-
-Partial = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
-
-
-def merge(one: Partial, other: Partial) -> Partial:
-    """Join the outputs and log-sum-exps over two disjoint parts of the keys (arXiv 2112.05682)."""
-    (o1_BTNH, lse1_BTN), (o2_BTNH, lse2_BTN) = one, other
-    max_BTN = jnp.maximum(lse1_BTN, lse2_BTN)
-    safe_BTN = jnp.where(jnp.isneginf(max_BTN), 0.0, max_BTN)
-    w1_BTN, w2_BTN = jnp.exp(lse1_BTN - safe_BTN), jnp.exp(lse2_BTN - safe_BTN)
-    norm_BTN = w1_BTN + w2_BTN
-    o_BTNH = (o1_BTNH * w1_BTN[..., None] + o2_BTNH * w2_BTN[..., None]) / jnp.where(norm_BTN > 0, norm_BTN, 1)[
-        ..., None
-    ]
-    return o_BTNH, safe_BTN + jnp.log(norm_BTN)
-
-
-def attend_bwd(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    visible_BTS: Bool[Array, "B T S"],
-    lse_BTN: Float[Array, "B T N"],
-    do_BTNH: Float[Array, "B T N H"],
-    delta_BTN: Float[Array, "B T N"] | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Give dq, dk and dv of a part of the keys, in float32 or wider.
-
-    lse is over all keys, and so is delta, the sum of do * o over H; without it these keys are all there are.
-    """
-    dtype, wide, length, kv_heads = q_BTNH.dtype, lse_BTN.dtype, q_BTNH.shape[1], k_BSKH.shape[2]
-    q_BKQH, do_BKQH = _by_kv_head(q_BTNH, kv_heads), _by_kv_head(do_BTNH, kv_heads)
-    # An infinite log-sum-exp makes the probabilities of a query that sees nothing zero.
-    lse_BTN = jnp.where(jnp.isneginf(lse_BTN), jnp.inf, lse_BTN)
-    p_BKQS = jnp.exp(_scores(q_BKQH, k_BSKH, visible_BTS) - _by_kv_head(lse_BTN[..., None], kv_heads))
-    dot = functools.partial(jnp.einsum, preferred_element_type=wide)
-    dv_BSKH = dot("BKQS,BKQH->BSKH", p_BKQS.astype(dtype), do_BKQH)
-    dp_BKQS = dot("BKQH,BSKH->BKQS", do_BKQH, v_BSKH)
-    if delta_BTN is None:  # equal to the sum of do * o, but not rounded as a saved output is
-        delta_BKQ1 = (p_BKQS * dp_BKQS).sum(-1, keepdims=True)
-    else:
-        delta_BKQ1 = _by_kv_head(delta_BTN[..., None], kv_heads)
-    ds_BKQS = (p_BKQS * (dp_BKQS - delta_BKQ1) / math.sqrt(q_BKQH.shape[-1])).astype(dtype)
-    dq_BKQH = dot("BKQS,BSKH->BKQH", ds_BKQS, k_BSKH)
-    dk_BSKH = dot("BKQS,BKQH->BSKH", ds_BKQS, q_BKQH)
-    return _by_query(dq_BKQH, length), dk_BSKH, dv_BSKH
+    o_BKGTU = jnp.einsum("BKGTS,BSKU->BKGTU", e_BKGTS.astype(v_BSKU.dtype), v_BSKU, preferred_element_type=wide)
+    o_BKGTU = o_BKGTU / norm_BKGT[..., None]
+    return jnp.moveaxis(o_BKGTU, 3, 1).reshape(batch, length, heads, -1).astype(q_BTNH.dtype)
 
 
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    visible_BTS: Bool[Array, "B T S"],
+    v_BSKU: Float[Array, "B S K U"],
+    mask: Mask,
+    *,
+    scoring: Scoring = PLAIN,
+    sinks_N: Float[Array, " N"] | None = None,
     drop: Drop | None = None,
     implementation: str = "auto",
-) -> Float[Array, "B T N H"]:
-    """Attend by the named implementation; "auto" takes blocks for whole sequences without attention dropout."""
-    if implementation == "auto":
-        implementation = "blockwise" if drop is None and 1 < q_BTNH.shape[1] == k_BSKH.shape[1] else "naive"
-    if implementation == "blockwise":
-        if drop is not None:
-            raise ValueError('attention dropout needs attention.implementation = "naive" or "auto"')
-        return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
-    return naive_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS, drop)
+) -> Float[Array, "B T N U"]:
+    """Attend by the named implementation.
+
+    "reference": all scores in memory; "xla": by blocks, O(T) memory; "mosaic": flash attention on Hopper; "cudnn":
+    whole causal sequences without segments. "auto": mosaic on Hopper, else xla; the reference for attention dropout and
+    for a few queries against a cache. ValueError for another name, Declined where the named one cannot.
+    """
+    length, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
+
+    def order(chip: Target) -> Sequence[str]:
+        if drop is not None or not 1 < length == num_keys:
+            return ["reference"]
+        return ["mosaic", "xla"] if chip.is_hopper else ["xla"]
+
+    def vjp(way: str) -> Callable[..., Array]:
+        def run(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
+            if drop is not None:
+                raise Declined(f'attention dropout needs implementation = "reference" or "auto", not "{way}"')
+            leaves, tree = jax.tree.flatten((q, k, v, mask, sinks))
+            leaves = to_common_axes(*map(jnp.asarray, leaves))
+            return _attend(way, scoring, *jax.tree.unflatten(tree, leaves))
+
+        return run
+
+    def reference(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
+        return naive_attention(q, k, v, mask.dense(length, num_keys), drop, scoring, sinks)
+
+    ways = {"mosaic": vjp("mosaic"), "cudnn": functools.partial(_cudnn, scoring), "xla": vjp("xla")}
+    ways["reference"] = reference
+    return choose("attention", implementation, ways, order, q_BTNH, k_BSKH, v_BSKU, mask, sinks_N)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(way: str, scoring: Scoring, q: Array, k: Array, v: Array, mask: Mask, sinks_N: Array | None) -> Array:
+    return _attend_fwd(way, scoring, q, k, v, mask, sinks_N)[0]
+
+
+def _attend_fwd(
+    way: str, scoring: Scoring, q: Array, k: Array, v: Array, mask: Mask, sinks_N: Array | None
+) -> tuple[Array, tuple]:
+    if way == "xla":
+        o, lse = with_sinks(blockwise(q, k, v, mask, scoring), sinks_N)
+    else:
+        o, lse = _flash(q, k, v, mask, scoring, sinks_N)
+    # Not rounded where it may be: delta = sum of do * o, a difference of large numbers, is made of it.
+    kept = o if way == "mosaic" or sinks_N is not None or wants_delta(q.shape[1]) else None
+    return o.astype(q.dtype), (q, k, v, mask, sinks_N, kept, lse)
+
+
+def _attend_bwd(way: str, scoring: Scoring, saved: tuple, do: Array) -> tuple:
+    q, k, v, mask, sinks_N, o, lse = saved
+    delta: Any = None if o is None else (do.astype(lse.dtype) * o.astype(lse.dtype)).sum(-1)
+    backward = blockwise_bwd if way == "xla" else _flash_bwd
+    dq, dk, dv = backward(q, k, v, mask, lse, do, delta, scoring)
+    dsinks = None
+    if sinks_N is not None:  # its probability times -delta: a sink's value is zero
+        dsinks = -(jnp.exp(sinks_N.astype(lse.dtype) - lse) * delta).sum((0, 1)).astype(sinks_N.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dsinks
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def with_sinks(part: Partial, sinks_N: Float[Array, " N"] | None) -> Partial:
+    """Let every query see its head's sink too: it takes its share of the probability and brings nothing."""
+    if sinks_N is None:
+        return part
+    o_BTNU, lse_BTN = part
+    both_BTN = jnp.logaddexp(lse_BTN, sinks_N.astype(lse_BTN.dtype))
+    return o_BTNU * jnp.exp(lse_BTN - both_BTN)[..., None].astype(o_BTNU.dtype), both_BTN
+
+
+# --- a part of the keys: what a ring brings by
+
+
+def partial_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKU: Float[Array, "B S K U"],
+    mask: Mask,
+    *,
+    scoring: Scoring = PLAIN,
+    implementation: str = "auto",
+) -> Partial:
+    """Attend to some of the keys: the output over these alone and its log-sum-exp, in float32 or wider.
+
+    Its gradient is `partial_attention_bwd`, which wants the log-sum-exp over all keys: it is the ring's to combine.
+    """
+
+    def flash(q: Array, k: Array, v: Array, mask: Mask) -> Partial:
+        o, lse = _flash(q, k, v, mask, scoring, None)
+        return o.astype(lse.dtype), lse
+
+    def xla(q: Array, k: Array, v: Array, mask: Mask) -> Partial:
+        return attend(q, k, v, mask.dense(q.shape[1], k.shape[1]), scoring)
+
+    ways = {"mosaic": flash, "xla": xla, "reference": xla}
+    return choose("partial attention", implementation, ways, _of_parts, q_BTNH, k_BSKH, v_BSKU, mask)
+
+
+def partial_attention_bwd(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKU: Float[Array, "B S K U"],
+    mask: Mask,
+    lse_BTN: Float[Array, "B T N"],
+    do_BTNU: Float[Array, "B T N U"],
+    delta_BTN: Float[Array, "B T N"],
+    *,
+    scoring: Scoring = PLAIN,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K U"]]:
+    """Give dq, dk and dv of some of the keys, in float32 or wider; lse and delta = sum of do * o are over all keys."""
+    wide = lse_BTN.dtype
+
+    def flash(q: Array, k: Array, v: Array, mask: Mask, lse: Array, do: Array, delta: Array) -> tuple[Array, ...]:
+        return tuple(x.astype(wide) for x in _flash_bwd(q, k, v, mask, lse, do, delta, scoring))
+
+    def xla(q: Array, k: Array, v: Array, mask: Mask, lse: Array, do: Array, delta: Array) -> tuple[Array, ...]:
+        return attend_bwd(q, k, v, mask.dense(q.shape[1], k.shape[1]), lse, do, delta, scoring)
+
+    ways = {"mosaic": flash, "xla": xla, "reference": xla}
+    arrays = (q_BTNH, k_BSKH, v_BSKU, mask, lse_BTN, do_BTNU, delta_BTN)
+    return choose("partial attention", implementation, ways, _of_parts, *arrays)
+
+
+def _of_parts(chip: Target) -> Sequence[str]:
+    return ["mosaic", "xla"] if chip.is_hopper else ["xla"]
+
+
+# --- the kernels
+
+
+def _runs(x: Array | None, number: int) -> list[Any]:
+    return [None] * number if x is None else jnp.split(x, number, axis=1)
+
+
+def _flash_options(mask: Mask, scoring: Scoring) -> dict[str, Any]:
+    return {"causal": mask.causal, "window": mask.window, "softcap": scoring.softcap, "scale": scoring.scale}
+
+
+def _flash(q: Array, k: Array, v: Array, mask: Mask, scoring: Scoring, sinks_N: Array | None) -> Partial:
+    """Run the kernel on each run of queries against each run of keys, and merge."""
+    from pallas_kernels.flash_attention import flash_attention  # Mosaic takes long to import: where it is used alone
+
+    num_q, num_k = len(mask.q_starts), len(mask.k_starts)
+    inner = sinks_N if num_k == 1 else None
+    parts = []
+    for q_i, q_start, q_segments in zip(_runs(q, num_q), mask.q_starts, _runs(mask.q_segments_BT, num_q), strict=True):
+        of_keys = zip(_runs(k, num_k), _runs(v, num_k), mask.k_starts, _runs(mask.k_segments_BS, num_k), strict=True)
+        found = [
+            call(
+                flash_attention,
+                q_i,
+                k_j,
+                v_j,
+                offset=jnp.asarray(q_start - k_start, jnp.int32),
+                q_segments_BT=q_segments,
+                k_segments_BS=k_segments,
+                sinks_N=inner,
+                **_flash_options(mask, scoring),
+            )
+            for k_j, v_j, k_start, k_segments in of_keys
+        ]
+        part = functools.reduce(merge, ((o.astype(jnp.float32), lse) for o, lse in found)) if num_k > 1 else found[0]
+        parts.append(part if num_k == 1 else with_sinks(part, sinks_N))
+    o, lse = (jnp.concatenate(x, axis=1) if num_q > 1 else x[0] for x in zip(*parts, strict=True))
+    return o, lse
+
+
+def _flash_bwd(
+    q: Array, k: Array, v: Array, mask: Mask, lse: Array, do: Array, delta: Array, scoring: Scoring
+) -> tuple[Array, Array, Array]:
+    from pallas_kernels.flash_attention_bwd import flash_attention_bwd
+
+    num_q, num_k = len(mask.q_starts), len(mask.k_starts)
+    of_queries = [_runs(x, num_q) for x in (q, mask.q_segments_BT, lse, do, delta)]
+    of_keys = [_runs(x, num_k) for x in (k, v, mask.k_segments_BS)]
+    dq: list[list[Array]] = [[] for _ in range(num_q)]
+    dk, dv = ([[] for _ in range(num_k)] for _ in range(2))
+    for i, (q_i, q_segments, lse_i, do_i, delta_i) in enumerate(zip(*of_queries, strict=True)):
+        for j, (k_j, v_j, k_segments) in enumerate(zip(*of_keys, strict=True)):
+            gradients = call(
+                flash_attention_bwd,
+                q_i,
+                k_j,
+                v_j,
+                do_i,
+                lse_i,
+                delta_i,
+                offset=jnp.asarray(mask.q_starts[i] - mask.k_starts[j], jnp.int32),
+                q_segments_BT=q_segments,
+                k_segments_BS=k_segments,
+                **_flash_options(mask, scoring),
+            )
+            for total, gradient in zip((dq[i], dk[j], dv[j]), gradients, strict=True):
+                total.append(gradient)
+
+    def joined(runs: list[list[Array]]) -> Array:
+        sums = [functools.reduce(jnp.add, (x.astype(lse.dtype) for x in run)) if run[1:] else run[0] for run in runs]
+        return jnp.concatenate(sums, axis=1) if sums[1:] else sums[0]
+
+    return joined(dq), joined(dk), joined(dv)
+
+
+def _cudnn(scoring: Scoring, q: Array, k: Array, v: Array, mask: Mask, sinks_N: Array | None) -> Array:
+    """Attend by cuDNN's flash attention, which knows no segments (a dense mask would cost it 2.5 times as much)."""
+    asked = {
+        "segments": mask.q_segments_BT is not None,
+        "several runs": len(mask.q_starts) + len(mask.k_starts) > 2,
+        "sinks": sinks_N is not None,
+        "a softcap": scoring.softcap is not None,
+        f"{q.shape[1]} queries on {k.shape[1]} keys": q.shape[1] != k.shape[1],
+        f"{q.dtype}": q.dtype not in (jnp.float16, jnp.bfloat16),
+        f"the device {target().kind}": not target().is_gpu,
+    }
+    if found := [what for what, there in asked.items() if there]:
+        raise Declined(f'cudnn cannot do {", ".join(found)}; use implementation = "mosaic" or "xla"')
+    window = None if mask.window is None else (mask.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scoring.scale, is_causal=mask.causal, local_window_size=window, implementation="cudnn"
+    )

@@ -39,21 +39,25 @@ def choose(
     if implementation != "auto":
         if implementation not in ways:
             raise ValueError(f'{op}: implementation "{implementation}" must be one of auto, {", ".join(ways)}')
-        return _restored(ways[implementation](*args, **kwargs), args)
+        return ways[implementation](*args, **kwargs)
     chip = target()
     names = [name for name in order(chip) if name in ways]
     for name in names[:-1]:
         try:
-            return _restored(ways[name](*args, **kwargs), args)
+            return ways[name](*args, **kwargs)
         except Declined as reason:
             _log_once(op, name, chip.kind, str(reason))
-    return _restored(ways[names[-1]](*args, **kwargs), args)
+    return ways[names[-1]](*args, **kwargs)
 
 
-def _restored(outputs: Any, args: Any) -> Any:
-    """Mark outputs as varying over every axis that an input varies on: kernels forget it."""
-    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    return jax.tree.map(lambda y: vary_like(y, *arrays), outputs)
+def call(kernel: Way, *args: Any, **kwargs: Any) -> Any:
+    """Call a kernel, and mark its outputs as varying over every axis that an input varies on: kernels forget it.
+
+    To be called inside the op's custom_vjp, forward and backward: outside, the mark's transpose would sum gradients
+    over devices.
+    """
+    arrays = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.Array)]
+    return jax.tree.map(lambda y: vary_like(y, *arrays), kernel(*args, **kwargs))
 
 
 @functools.cache

@@ -1,25 +1,21 @@
 """How does a run of rows per expert meet that expert's weights? Without padding, dropping or multiplying by the others.
 
 Rows are sorted by expert: the first group_sizes[0] rows belong to expert 0, and so on; rows after the last group
-give zeros, and their gradient is zero.
+give zeros, and their gradient is zero. Sizes that add up to more than the rows end with the rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.compat import vary_like
-
-BLOCKS = (256, 64)
-"""Rows of one matmul of the blocked path, largest first: as many as fit in a group, the last and smallest masked."""
-
-Carry = Any
-BlockBody = Callable[["_Block", Carry], Carry]
+from moejax.ops.backend import call, choose, to_common_axes
+from moejax.ops.blocked_matmul import blocked_matmul, blocked_matmul_bwd, blocked_swiglu, blocked_swiglu_bwd, wide
+from moejax.ops.swiglu import swiglu
+from pallas_kernels.target import Target
 
 
 def grouped_matmul_reference(
@@ -29,7 +25,7 @@ def grouped_matmul_reference(
     end_E = jnp.cumsum(group_sizes_E)
     row_R1 = jnp.arange(x_RD.shape[0])[:, None]
     own_RE = (row_R1 < end_E) & (row_R1 >= end_E - group_sizes_E)
-    y_REF = jnp.einsum("RD,EDF->REF", x_RD, w_EDF, preferred_element_type=_wide(x_RD.dtype))
+    y_REF = jnp.einsum("RD,EDF->REF", x_RD, w_EDF, preferred_element_type=wide(x_RD.dtype))
     return jnp.where(own_RE[..., None], y_REF, 0).sum(1).astype(x_RD.dtype)
 
 
@@ -40,13 +36,16 @@ def grouped_matmul(
     *,
     implementation: str = "auto",
 ) -> Float[Array, "R F"]:
-    """Multiply each expert's run of rows by its weights, in float32 or wider.
+    """Multiply each expert's run of rows by its weights, summing in float32 or wider.
 
-    implementation: "reference"; "ragged_dot" (XLA's; a masked dense product on CPU); "blocked" (a loop over blocks of
-    rows with a trip count known at run time); "auto" is blocked on CPU. ValueError for another name.
+    implementation: "mosaic" (Hopper) and "triton" (Ampere and later), kernels; "xla", loops over blocks of rows;
+    "ragged_dot", XLA's own, E times the work and memory; "reference". "auto": the first of mosaic, triton, xla that the
+    chip runs. ValueError for another name, Declined where the named one cannot.
     """
-    x_RD, w_EDF, group_sizes_E = _to_common_axes(x_RD, w_EDF, group_sizes_E)
-    return _MATMULS[_resolve(implementation)](x_RD, w_EDF, group_sizes_E)
+    inputs = to_common_axes(x_RD, w_EDF, group_sizes_E)
+    ways: dict[str, Callable] = {way: partial(_matmul, way) for way in KERNELS}
+    ways |= {"ragged_dot": _ragged_dot, "reference": grouped_matmul_reference}
+    return choose("grouped matmul", implementation, ways, _order, *inputs)
 
 
 def expert_swiglu_reference(
@@ -60,7 +59,7 @@ def expert_swiglu_reference(
 ) -> Float[Array, "R D"]:
     """Compose expert feed-forwards, down(silu(gate) * up), from three grouped matmuls: the twin of expert_swiglu."""
     matmul = partial(grouped_matmul, group_sizes_E=group_sizes_E, implementation=implementation)
-    hidden_RF = jax.nn.silu(matmul(x_RD, gate_EDF)) * matmul(x_RD, up_EDF)
+    hidden_RF = swiglu(matmul(x_RD, gate_EDF), matmul(x_RD, up_EDF))
     return matmul(hidden_RF, down_EFD)
 
 
@@ -73,214 +72,117 @@ def expert_swiglu(
     *,
     implementation: str = "auto",
 ) -> Float[Array, "R D"]:
-    """Apply each expert's gated feed-forward (arXiv 2002.05202) to its run of rows.
-
-    "blocked" does a block's three products while its rows are in cache; the others compose grouped matmuls.
-    """
-    inputs = _to_common_axes(x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)
-    if _resolve(implementation) == "blocked":
-        return _blocked_swiglu(*inputs)
-    return expert_swiglu_reference(*inputs, implementation=implementation)
+    """Apply each expert's gated feed-forward (arXiv 2002.05202) to its run of rows; names as in grouped_matmul."""
+    inputs = to_common_axes(x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)
+    ways: dict[str, Callable] = {way: partial(_swiglu, way) for way in KERNELS}
+    ways |= {way: partial(expert_swiglu_reference, implementation=way) for way in ("ragged_dot", "reference")}
+    return choose("expert feed-forward", implementation, ways, _order, *inputs)
 
 
-def _resolve(implementation: str) -> str:
-    if implementation == "auto":
-        return "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
-    if implementation not in _MATMULS:
-        raise ValueError(f"implementation ({implementation!r}) must be one of auto, {', '.join(_MATMULS)}")
-    return implementation
+KERNELS = ("mosaic", "triton", "xla")
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _to_common_axes(*arrays: Array) -> list[Array]:
-    """Let all inputs of a custom_vjp vary on the same mesh axes; the transpose sums the gradients back."""
-    return [vary_like(x, *arrays) for x in arrays]
+def _order(chip: Target) -> Sequence[str]:
+    """Kernels first on GPUs: XLA's loops run one block after the other, its ragged_dot holds E times the rows."""
+    return KERNELS if chip.is_hopper else KERNELS[1:] if chip.is_gpu else ("xla",)
 
 
 def _ragged_dot(x_RD: Array, w_EDF: Array, group_sizes_E: Array) -> Array:
-    y_RF = lax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=_wide(x_RD.dtype)).astype(x_RD.dtype)
+    y_RF = lax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=wide(x_RD.dtype)).astype(x_RD.dtype)
     return jnp.where((jnp.arange(x_RD.shape[0]) < group_sizes_E.sum())[:, None], y_RF, 0)
 
 
-# --- the blocked path: for each expert that has rows, for each block of its rows
+# --- one product
 
 
-class _Block:
-    """Rows [start, start + size) of which those in [first, end) belong to the expert."""
-
-    def __init__(self, size: int, num_rows: int, first: Array, end: Array):
-        self.size = size
-        self.start = jnp.minimum(first, num_rows - size)  # a slice must not pass the end
-        row_S = self.start + jnp.arange(size, dtype=first.dtype)
-        self.own_S1 = ((row_S >= first) & (row_S < end))[:, None]
-
-    def read(self, rows: Array) -> Array:
-        return lax.dynamic_slice_in_dim(rows, self.start, self.size)
-
-    def read_own(self, rows: Array) -> Array:
-        return jnp.where(self.own_S1, self.read(rows), 0)
-
-    def write(self, rows: Array, block: Array) -> Array:
-        block = jnp.where(self.own_S1, block.astype(rows.dtype), self.read(rows))
-        return lax.dynamic_update_slice_in_dim(rows, block, self.start, 0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(way: str, x_RD: Array, w_EDF: Array, group_sizes_E: Array) -> Array:
+    return _matmul_fwd(way, x_RD, w_EDF, group_sizes_E)[0]
 
 
-def _for_blocks(num_rows: int, first: Array, count: Array, body: BlockBody, carry: Carry) -> Carry:
-    """Run `body` over the rows [first, first + count), in the largest blocks that fit."""
-    if num_rows == 0:
-        return carry
-    end = first + count
-    sizes = sorted({min(size, num_rows) for size in BLOCKS}, reverse=True)
-    for size in sizes:
-        trips = (end - first + (size - 1 if size == sizes[-1] else 0)) // size
-
-        def step(i: Array, carry: Carry, size: int = size, first: Array = first) -> Carry:
-            begin = first + i * size
-            return body(_Block(size, num_rows, begin, jnp.minimum(begin + size, end)), carry)
-
-        carry = lax.fori_loop(0, trips, step, carry)
-        first = first + trips * size
-    return carry
+def _matmul_fwd(way: str, x_RD: Array, w_EDF: Array, group_sizes_E: Array) -> tuple[Array, tuple]:
+    forward = blocked_matmul if way == "xla" else partial(_product, way)
+    return forward(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
 
 
-def _for_experts(group_sizes_E: Array, body: Callable[[Array, Array, Array, Carry], Carry], carry: Carry) -> Carry:
-    """Run `body(expert, first row, rows, carry)` for every expert that has rows."""
-    first_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-    busy_E = jnp.argsort(group_sizes_E == 0, stable=True)
-
-    def step(i: Array, carry: Carry) -> Carry:
-        expert = busy_E[i]
-        return body(expert, first_E[expert], group_sizes_E[expert], carry)
-
-    return lax.fori_loop(0, (group_sizes_E > 0).sum(), step, carry)
-
-
-def _weights(w_EDF: Array, expert: Array) -> Array:
-    return lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
-
-
-def _put_weights(w_EDF: Array, w_DF: Array, expert: Array) -> Array:
-    return lax.dynamic_update_index_in_dim(w_EDF, w_DF.astype(w_EDF.dtype), expert, 0)
-
-
-def _zeros(like: Array, *shape: int, dtype: jnp.dtype | None = None) -> Array:
-    """Zeros that vary on the same mesh axes as `like`: a loop's carry must enter with the type it leaves with."""
-    return vary_like(jnp.zeros(shape, dtype or like.dtype), like)
-
-
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=_wide(a.dtype))
-
-
-@jax.custom_vjp
-def _blocked_matmul(x_RD: Array, w_EDF: Array, group_sizes_E: Array) -> Array:
-    num_rows = x_RD.shape[0]
-
-    def expert_body(expert: Array, first: Array, count: Array, y_RF: Array) -> Array:
-        w_DF = _weights(w_EDF, expert)
-        return _for_blocks(
-            num_rows, first, count, lambda block, y_RF: block.write(y_RF, _dot(block.read(x_RD), w_DF, (1, 0))), y_RF
-        )
-
-    return _for_experts(group_sizes_E, expert_body, _zeros(x_RD, num_rows, w_EDF.shape[2]))
-
-
-def _blocked_matmul_fwd(x_RD: Array, w_EDF: Array, group_sizes_E: Array) -> tuple[Array, tuple]:
-    return _blocked_matmul(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
-
-
-def _blocked_matmul_bwd(saved: tuple, dy_RF: Array) -> tuple:
+def _matmul_bwd(way: str, saved: tuple, dy_RF: Array) -> tuple:
     x_RD, w_EDF, group_sizes_E = saved
-
-    def expert_body(expert: Array, first: Array, count: Array, carry: Carry) -> Carry:
-        dx_RD, dw_EDF = carry
-        w_DF = _weights(w_EDF, expert)
-
-        def body(block: _Block, carry: Carry) -> Carry:
-            dx_RD, dw_DF = carry
-            dy_SF = block.read_own(dy_RF)
-            dx_RD = block.write(dx_RD, _dot(dy_SF, w_DF, (1, 1)))
-            return dx_RD, dw_DF + _dot(block.read_own(x_RD), dy_SF, (0, 0))
-
-        start = _zeros(w_DF, *w_DF.shape, dtype=_wide(w_DF.dtype))
-        dx_RD, dw_DF = _for_blocks(x_RD.shape[0], first, count, body, (dx_RD, start))
-        return dx_RD, _put_weights(dw_EDF, dw_DF, expert)
-
-    dx_RD, dw_EDF = _for_experts(group_sizes_E, expert_body, (jnp.zeros_like(x_RD), jnp.zeros_like(w_EDF)))
-    return dx_RD, dw_EDF, None
+    if way == "xla":
+        return *blocked_matmul_bwd(x_RD, w_EDF, group_sizes_E, dy_RF), None
+    dx_RD = _product(way, dy_RF, w_EDF, group_sizes_E, transpose_w=True)
+    return dx_RD, _dw(way, x_RD, dy_RF, group_sizes_E), None
 
 
-_blocked_matmul.defvjp(_blocked_matmul_fwd, _blocked_matmul_bwd)
-
-_MATMULS: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "reference": grouped_matmul_reference,
-    "ragged_dot": _ragged_dot,
-    "blocked": _blocked_matmul,
-}
-"""The implementations of grouped_matmul, by name."""
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-# --- the fused gated feed-forward
+# --- the gated feed-forward
 
 
-@jax.custom_vjp
-def _blocked_swiglu(x_RD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, group_sizes_E: Array) -> Array:
-    return _blocked_swiglu_fwd(x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu(way: str, x_RD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, group_sizes_E: Array) -> Array:
+    if way != "mosaic":
+        return _swiglu_fwd(way, x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)[0]
+    from pallas_kernels.grouped_swiglu import grouped_swiglu
+
+    hidden_RF = call(grouped_swiglu, x_RD, gate_EDF, up_EDF, group_sizes_E)
+    return _product(way, hidden_RF, down_EFD, group_sizes_E)
 
 
-def _blocked_swiglu_fwd(
-    x_RD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, group_sizes_E: Array
+def _swiglu_fwd(
+    way: str, x_RD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, group_sizes_E: Array
 ) -> tuple[Array, tuple]:
-    num_rows, ffn = x_RD.shape[0], gate_EDF.shape[2]
+    inputs = (x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)
+    if way == "xla":
+        y_RD, gate_RF, up_RF = blocked_swiglu(*inputs)
+        return y_RD, (*inputs, gate_RF, up_RF)
+    if way == "mosaic":
+        from pallas_kernels.grouped_swiglu import grouped_swiglu
 
-    def expert_body(expert: Array, first: Array, count: Array, carry: Carry) -> Carry:
-        gate_DF, up_DF, down_FD = (_weights(w, expert) for w in (gate_EDF, up_EDF, down_EFD))
-
-        def body(block: _Block, carry: Carry) -> Carry:
-            y_RD, gate_RF, up_RF = carry
-            x_SD = block.read(x_RD)
-            gate_SF, up_SF = (_dot(x_SD, w, (1, 0)).astype(x_SD.dtype) for w in (gate_DF, up_DF))
-            y_SD = _dot(jax.nn.silu(gate_SF) * up_SF, down_FD, (1, 0))
-            return block.write(y_RD, y_SD), block.write(gate_RF, gate_SF), block.write(up_RF, up_SF)
-
-        return _for_blocks(num_rows, first, count, body, carry)
-
-    zeros_RF = _zeros(x_RD, num_rows, ffn)
-    y_RD, gate_RF, up_RF = _for_experts(group_sizes_E, expert_body, (jnp.zeros_like(x_RD), zeros_RF, zeros_RF))
-    return y_RD, (x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E, gate_RF, up_RF)
+        hidden_RF, gate_RF, up_RF = call(grouped_swiglu, x_RD, gate_EDF, up_EDF, group_sizes_E, save=True)
+    else:
+        gate_RF, up_RF = (_product(way, x_RD, w_EDF, group_sizes_E) for w_EDF in (gate_EDF, up_EDF))
+        hidden_RF = swiglu(gate_RF, up_RF)
+    return _product(way, hidden_RF, down_EFD, group_sizes_E), (*inputs, gate_RF, up_RF)
 
 
-def _blocked_swiglu_bwd(saved: tuple, dy_RD: Array) -> tuple:
-    x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E, gate_RF, up_RF = saved
-    weights = (gate_EDF, up_EDF, down_EFD)
+def _swiglu_bwd(way: str, saved: tuple, dy_RD: Array) -> tuple:
+    x_RD, gate_EDF, up_EDF, down_EFD, sizes_E, gate_RF, up_RF = saved
+    if way == "xla":
+        return *blocked_swiglu_bwd(x_RD, gate_EDF, up_EDF, down_EFD, sizes_E, gate_RF, up_RF, dy_RD), None
+    if way == "mosaic":
+        from pallas_kernels.grouped_matmul import grouped_matmul_pair
+        from pallas_kernels.grouped_swiglu import grouped_swiglu_bwd
 
-    def expert_body(expert: Array, first: Array, count: Array, carry: Carry) -> Carry:
-        dx_RD, dweights = carry
-        gate_DF, up_DF, down_FD = (_weights(w, expert) for w in weights)
-
-        def body(block: _Block, carry: Carry) -> Carry:
-            dx_RD, dgate_DF, dup_DF, ddown_FD = carry
-            x_SD, dy_SD = block.read_own(x_RD), block.read_own(dy_RD)
-            hidden_SF, activate_vjp = jax.vjp(lambda g, u: jax.nn.silu(g) * u, block.read(gate_RF), block.read(up_RF))
-            dgate_SF, dup_SF = activate_vjp(_dot(dy_SD, down_FD, (1, 1)).astype(hidden_SF.dtype))
-            dx_SD = _dot(dgate_SF, gate_DF, (1, 1)) + _dot(dup_SF, up_DF, (1, 1))
-            dgate_DF += _dot(x_SD, dgate_SF, (0, 0))
-            dup_DF += _dot(x_SD, dup_SF, (0, 0))
-            return block.write(dx_RD, dx_SD), dgate_DF, dup_DF, ddown_FD + _dot(hidden_SF, dy_SD, (0, 0))
-
-        zeros = (_zeros(w, *w.shape[1:], dtype=_wide(w.dtype)) for w in weights)
-        dx_RD, *dw = _for_blocks(x_RD.shape[0], first, count, body, (dx_RD, *zeros))
-        update = lax.dynamic_update_index_in_dim
-        return dx_RD, tuple(
-            update(all_, one.astype(all_.dtype), expert, 0) for all_, one in zip(dweights, dw, strict=True)
-        )
-
-    start = (jnp.zeros_like(x_RD), tuple(map(jnp.zeros_like, weights)))
-    dx_RD, dweights = _for_experts(group_sizes_E, expert_body, start)
-    return dx_RD, *dweights, None
+        dgate_RF, dup_RF, hidden_RF = call(grouped_swiglu_bwd, dy_RD, down_EFD, gate_RF, up_RF, sizes_E)
+        dx_RD = call(grouped_matmul_pair, dgate_RF, dup_RF, gate_EDF, up_EDF, sizes_E)
+    else:
+        hidden_RF, swiglu_vjp = jax.vjp(swiglu, gate_RF, up_RF)
+        dgate_RF, dup_RF = swiglu_vjp(_product(way, dy_RD, down_EFD, sizes_E, transpose_w=True))
+        both = ((dgate_RF, gate_EDF), (dup_RF, up_EDF))
+        back = [_product(way, d_RF, w_EDF, sizes_E, transpose_w=True).astype(jnp.float32) for d_RF, w_EDF in both]
+        dx_RD = (back[0] + back[1]).astype(x_RD.dtype)
+    pairs = ((x_RD, dgate_RF), (x_RD, dup_RF), (hidden_RF, dy_RD))
+    return dx_RD, *(_dw(way, a, b, sizes_E) for a, b in pairs), None
 
 
-_blocked_swiglu.defvjp(_blocked_swiglu_fwd, _blocked_swiglu_bwd)
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+# --- the kernels: imported where they are used, for Mosaic takes long and Triton need not be there
+
+
+def _product(way: str, x_RD: Array, w_EDF: Array, group_sizes_E: Array, transpose_w: bool = False) -> Array:
+    if way == "mosaic":
+        from pallas_kernels.grouped_matmul import grouped_matmul as kernel
+    else:
+        from pallas_kernels.triton.grouped_matmul import grouped_matmul as kernel
+    return call(kernel, x_RD, w_EDF, group_sizes_E, transpose_w=transpose_w)
+
+
+def _dw(way: str, x_RD: Array, dy_RF: Array, group_sizes_E: Array) -> Array:
+    if way == "mosaic":
+        from pallas_kernels.grouped_matmul_dw import grouped_matmul_dw as kernel
+    else:
+        from pallas_kernels.triton.grouped_matmul import grouped_matmul_dw as kernel
+    return call(kernel, x_RD, dy_RF, group_sizes_E)

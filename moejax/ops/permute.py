@@ -3,6 +3,7 @@
 A slot is one of a token's A choices, numbered m*A + a. A place is an index in the sorted order.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from moejax.compat import vary_like
+from moejax.ops.backend import call, choose, to_common_axes
+from pallas_kernels.target import Target
 
 
 class Order(NamedTuple):
@@ -49,24 +51,33 @@ def sort_by_expert(
     return Order(rows_R, inverse_R, group_sizes_E)
 
 
-def gather_rows(x_MD: Float[Array, "M D"], order: Order, num_active: int) -> Float[Array, "R D"]:
+def gather_rows(
+    x_MD: Float[Array, "M D"], order: Order, num_active: int, *, implementation: str = "auto"
+) -> Float[Array, "R D"]:
     """Copy each token's row to the places of its slots; a place whose slot is not chosen holds zeros.
 
     The gradient sums a token's rows in float32 or wider and reads nothing from the places not chosen.
+    implementation: "xla", one fusion each way; "triton", a kernel for NVIDIA GPUs; "auto" is xla.
     """
-    x_MD, *fields = _to_common_axes(x_MD, *order)
-    return _gather_rows(num_active, x_MD, Order(*fields))
+    x_MD, *fields = to_common_axes(x_MD, *order)
+    ways: dict[str, Callable] = {way: partial(_gather_rows, way, num_active) for way in ("xla", "triton")}
+    return choose("gather of rows", implementation, ways, _order, x_MD, Order(*fields))
 
 
-def combine_rows(y_RD: Float[Array, "R D"], weights_MA: Float[Array, "M A"], order: Order) -> Float[Array, "M D"]:
-    """Sum each token's rows by weight, in float32 or wider; slots that are not chosen add nothing, whatever y holds."""
-    y_RD, weights_MA, *fields = _to_common_axes(y_RD, weights_MA, *order)
-    return _combine_rows(y_RD, weights_MA, Order(*fields))
+def combine_rows(
+    y_RD: Float[Array, "R D"], weights_MA: Float[Array, "M A"], order: Order, *, implementation: str = "auto"
+) -> Float[Array, "M D"]:
+    """Sum each token's rows by weight, in float32 or wider; slots that are not chosen add nothing, whatever y holds.
+
+    Names as in gather_rows.
+    """
+    y_RD, weights_MA, *fields = to_common_axes(y_RD, weights_MA, *order)
+    ways: dict[str, Callable] = {way: partial(_combine_rows, way) for way in ("xla", "triton")}
+    return choose("combination of rows", implementation, ways, _order, y_RD, weights_MA, Order(*fields))
 
 
-def _to_common_axes(*arrays: Array) -> list[Array]:
-    """Let all inputs of a custom_vjp vary on the same mesh axes; the transpose sums the gradients back."""
-    return [vary_like(x, *arrays) for x in arrays]
+def _order(chip: Target) -> Sequence[str]:
+    return ["xla"]
 
 
 def _rows_of_choice(y_RD: Array, order: Order, choice: int, num_active: int) -> Float[Array, "M D"]:
@@ -93,7 +104,7 @@ def move_rows(
 
     The gradient is the way back: a gather, where a plain gather's is a scatter. The caller vouches for the inverse.
     """
-    return _move_rows(*_to_common_axes(x_RD, take_X, taken_X, back_R, kept_R))
+    return _move_rows(*to_common_axes(x_RD, take_X, taken_X, back_R, kept_R))
 
 
 def _take_rows(x_RD: Array, take_X: Array, taken_X: Array) -> Array:
@@ -116,23 +127,52 @@ def _move_rows_bwd(saved: tuple, dy_XD: Array) -> tuple:
 _move_rows.defvjp(_move_rows_fwd, _move_rows_bwd)
 
 
-@jax.custom_vjp
-def _combine_rows(y_RD: Array, weights_MA: Array, order: Order) -> Array:
-    num_active = weights_MA.shape[1]
-    terms = (_rows_of_choice(y_RD, order, a, num_active) * weights_MA[:, a, None] for a in range(num_active))
-    return sum(terms, start=jnp.zeros((), jnp.promote_types(y_RD.dtype, jnp.float32))).astype(y_RD.dtype)
+def _places_of_choices(order: Order, num_active: int) -> Int[Array, "M A"]:
+    """Give the place of each choice, -1 where it is not chosen."""
+    place_R = jnp.where(order.inverse_R < order.group_sizes_E.sum(), order.inverse_R, -1)
+    return place_R.reshape(-1, num_active)
 
 
-def _combine_rows_fwd(y_RD: Array, weights_MA: Array, order: Order) -> tuple[Array, tuple]:
-    return _combine_rows(y_RD, weights_MA, order), (y_RD, weights_MA, order)
+def _spread(way: str, x_MD: Array, order: Order, num_active: int) -> Array:
+    """Copy each token's row to the places of its slots."""
+    if way == "xla":
+        return _rows_of_tokens(x_MD, order, num_active)
+    from pallas_kernels.triton import permute
+
+    chosen_R = jnp.arange(order.rows_R.size) < order.group_sizes_E.sum()
+    return call(permute.gather_rows, x_MD, jnp.where(chosen_R, order.rows_R // num_active, -1))
 
 
-def _combine_rows_bwd(saved: tuple, dout_MD: Array) -> tuple:
+def _collect(way: str, y_RD: Array, weights_MA: Array | None, order: Order, num_active: int) -> Array:
+    """Sum each token's rows, by weight if there are weights."""
+    if way == "triton":
+        from pallas_kernels.triton import permute
+
+        place_MA = _places_of_choices(order, num_active)
+        ones_MA = jnp.ones(place_MA.shape, jnp.float32)
+        return call(permute.combine_rows, y_RD, place_MA, ones_MA if weights_MA is None else weights_MA)
+    total = jnp.zeros((), jnp.promote_types(y_RD.dtype, jnp.float32))
+    for a in range(num_active):
+        rows_MD = _rows_of_choice(y_RD, order, a, num_active)
+        total = total + (rows_MD if weights_MA is None else rows_MD * weights_MA[:, a, None])
+    return total.astype(y_RD.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine_rows(way: str, y_RD: Array, weights_MA: Array, order: Order) -> Array:
+    return _collect(way, y_RD, weights_MA, order, weights_MA.shape[1])
+
+
+def _combine_rows_fwd(way: str, y_RD: Array, weights_MA: Array, order: Order) -> tuple[Array, tuple]:
+    return _combine_rows(way, y_RD, weights_MA, order), (y_RD, weights_MA, order)
+
+
+def _combine_rows_bwd(way: str, saved: tuple, dout_MD: Array) -> tuple:
     y_RD, weights_MA, order = saved
     num_active = weights_MA.shape[1]
     weight_R = weights_MA.reshape(-1)[order.rows_R]
     wide = jnp.promote_types(y_RD.dtype, jnp.float32)
-    dy_RD = _rows_of_tokens(dout_MD, order, num_active).astype(wide) * weight_R[:, None]
+    dy_RD = _spread(way, dout_MD, order, num_active).astype(wide) * weight_R[:, None]
     dweights = [(_rows_of_choice(y_RD, order, a, num_active) * dout_MD).sum(-1) for a in range(num_active)]
     return dy_RD.astype(y_RD.dtype), jnp.stack(dweights, axis=1).astype(weights_MA.dtype), None
 
@@ -140,18 +180,17 @@ def _combine_rows_bwd(saved: tuple, dout_MD: Array) -> tuple:
 _combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather_rows(num_active: int, x_MD: Array, order: Order) -> Array:
-    return _rows_of_tokens(x_MD, order, num_active)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather_rows(way: str, num_active: int, x_MD: Array, order: Order) -> Array:
+    return _spread(way, x_MD, order, num_active)
 
 
-def _gather_rows_fwd(num_active: int, x_MD: Array, order: Order) -> tuple[Array, Order]:
-    return _rows_of_tokens(x_MD, order, num_active), order
+def _gather_rows_fwd(way: str, num_active: int, x_MD: Array, order: Order) -> tuple[Array, Order]:
+    return _spread(way, x_MD, order, num_active), order
 
 
-def _gather_rows_bwd(num_active: int, order: Order, dx_RD: Array) -> tuple:
-    terms = (_rows_of_choice(dx_RD, order, a, num_active) for a in range(num_active))
-    return sum(terms, start=jnp.zeros((), jnp.promote_types(dx_RD.dtype, jnp.float32))).astype(dx_RD.dtype), None
+def _gather_rows_bwd(way: str, num_active: int, order: Order, dx_RD: Array) -> tuple:
+    return _collect(way, dx_RD, None, order, num_active), None
 
 
 _gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)

@@ -15,7 +15,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moejax.compat import vary, vary_like
-from moejax.ops.attention import attend, attend_bwd, attention, merge, visible
+from moejax.ops.attention import attention, partial_attention, partial_attention_bwd
+from moejax.ops.blockwise_attention import merge
+from moejax.ops.mask import Mask
 from moejax.parallel.plan import MeshPlan
 
 AXIS = "sequence"
@@ -32,7 +34,7 @@ def context_attention(
 ) -> Float[Array, "B t N H"]:
     """Attend causally within segments, each device holding `plan.sequence_index` of every sequence."""
     if plan.config.context == "ring":
-        return ring_attention(plan, q_BtNH, k_BtKH, v_BtKH, segments_Bt, window)
+        return ring_attention(plan, q_BtNH, k_BtKH, v_BtKH, segments_Bt, window, implementation)
     return all_to_all_attention(plan, q_BtNH, k_BtKH, v_BtKH, segments_Bt, window, implementation)
 
 
@@ -46,18 +48,22 @@ def all_to_all_attention(
 
     q_BTnH, k_BTkH, v_BTkH = map(whole, (q_BtNH, k_BtKH, v_BtKH))
     segments_BT = lax.all_gather(vary(segments_Bt, (AXIS,)), AXIS, axis=1, tiled=True)
-    index_BT = jnp.broadcast_to(jnp.arange(q_BTnH.shape[1], dtype=jnp.int32), segments_BT.shape)
-    seen_BTS = visible(index_BT, index_BT, segments_BT, segments_BT, window)
-    o_BTnH = attention(q_BTnH, k_BTkH, v_BTkH, seen_BTS, None, way)
+    o_BTnH = attention(q_BTnH, k_BTkH, v_BTkH, Mask.of_segments(segments_BT, window), implementation=way)
     return lax.all_to_all(o_BTnH, AXIS, 1, 2, tiled=True)
 
 
 def ring_attention(
-    plan: MeshPlan, q_BtNH: Array, k_BtKH: Array, v_BtKH: Array, segments_Bt: Array, window: int | None = None
+    plan: MeshPlan,
+    q_BtNH: Array,
+    k_BtKH: Array,
+    v_BtKH: Array,
+    segments_Bt: Array,
+    window: int | None = None,
+    implementation: str = "auto",
 ) -> Float[Array, "B t N H"]:
     """Attend to every rank's keys as they come by, merging the partial results."""
     arrays = (q_BtNH, k_BtKH, v_BtKH, segments_Bt)
-    return _ring(plan, window, *(vary(vary_like(x, *arrays), (AXIS,)) for x in arrays))
+    return _ring(plan, window, implementation, *(vary(vary_like(x, *arrays), (AXIS,)) for x in arrays))
 
 
 def _shift(plan: MeshPlan, *arrays: Array) -> list[Array]:
@@ -74,28 +80,32 @@ def _meet(
     source: Array,
     part: Callable[..., Any],
 ) -> Any:
-    """Run `part(queries, keys, visible)` on the slices that causality leaves, when rank `source`'s keys are here.
+    """Run `part(queries, keys, mask)` on the slices that causality leaves, when rank `source`'s keys are here.
 
     Keys from a lower rank: only their front half can be seen, by all queries; from a higher one: only by the back half
     of the queries; from this rank: the square's own lower triangle.
     """
     rank, local = plan.index("seq"), segments_Bt.shape[1]
     half = local // 2
-    q_index_t, k_index_s = plan.sequence_index(local), plan.sequence_index(local, source)
+    q_starts, k_starts = _starts(plan, local), _starts(plan, local, source)
 
     def run(queries: slice, keys: slice) -> Any:
-        q_index_Bt = jnp.broadcast_to(q_index_t[queries], segments_Bt[:, queries].shape)
-        k_index_Bs = jnp.broadcast_to(k_index_s[keys], k_segments_Bs[:, keys].shape)
-        seen = visible(q_index_Bt, k_index_Bs, segments_Bt[:, queries], k_segments_Bs[:, keys], window)
-        return part(queries, keys, seen)
+        starts = q_starts[queries.start // half :], k_starts[: keys.stop // half]
+        return part(queries, keys, Mask(segments_Bt[:, queries], k_segments_Bs[:, keys], *starts, window))
 
     every, front, back = slice(0, local), slice(0, half), slice(half, local)
     return lax.cond(source < rank, lambda: run(every, front), lambda: run(back, every))
 
 
-def _own(plan: MeshPlan, window: int | None, segments_Bt: Array) -> Array:
-    index_Bt = jnp.broadcast_to(plan.sequence_index(segments_Bt.shape[1]), segments_Bt.shape)
-    return visible(index_Bt, index_Bt, segments_Bt, segments_Bt, window)
+def _starts(plan: MeshPlan, local: int, rank: Array | None = None) -> tuple[Array, Array]:
+    """Give the first index of each of the two runs that a rank (this one, if none) holds of a sequence."""
+    index_t = plan.sequence_index(local, rank)
+    return index_t[0], index_t[local // 2]
+
+
+def _own(plan: MeshPlan, window: int | None, segments_Bt: Array) -> Mask:
+    starts = _starts(plan, segments_Bt.shape[1])
+    return Mask(segments_Bt, segments_Bt, starts, starts, window)
 
 
 def _add(x_BtNH: Array, part: Array, where: slice) -> Array:
@@ -103,24 +113,24 @@ def _add(x_BtNH: Array, part: Array, where: slice) -> Array:
     return lax.dynamic_update_slice_in_dim(x_BtNH, x_BtNH[:, where] + part, where.start, 1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ring(plan: MeshPlan, window: int | None, q: Array, k: Array, v: Array, segments: Array) -> Array:
-    return _ring_fwd(plan, window, q, k, v, segments)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ring(plan: MeshPlan, window: int | None, way: str, q: Array, k: Array, v: Array, segments: Array) -> Array:
+    return _ring_fwd(plan, window, way, q, k, v, segments)[0]
 
 
 def _ring_fwd(
-    plan: MeshPlan, window: int | None, q: Array, k: Array, v: Array, segments: Array
+    plan: MeshPlan, window: int | None, way: str, q: Array, k: Array, v: Array, segments: Array
 ) -> tuple[Array, tuple[Array, ...]]:
+    attend = partial(partial_attention, implementation=way)
     ranks, rank = plan.size(AXIS), plan.index("seq")
 
     def step(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
         k_i, v_i, segments_i = _shift(plan, *carry[:3])
         done = carry[3:]
 
-        def part(queries: slice, keys: slice, seen: Array) -> tuple[Array, Array]:
-            new = merge(
-                (done[0][:, queries], done[1][:, queries]), attend(q[:, queries], k_i[:, keys], v_i[:, keys], seen)
-            )
+        def part(queries: slice, keys: slice, mask: Mask) -> tuple[Array, Array]:
+            found = attend(q[:, queries], k_i[:, keys], v_i[:, keys], mask)
+            new = merge((done[0][:, queries], done[1][:, queries]), found)
             return tuple(
                 lax.dynamic_update_slice_in_dim(x, y, queries.start, 1) for x, y in zip(done, new, strict=True)
             )  # type: ignore[return-value]
@@ -133,9 +143,10 @@ def _ring_fwd(
     return o.astype(q.dtype), (q, k, v, segments, o, lse)
 
 
-def _ring_bwd(plan: MeshPlan, window: int | None, saved: tuple[Array, ...], do: Array) -> tuple[Any, ...]:
+def _ring_bwd(plan: MeshPlan, window: int | None, way: str, saved: tuple[Array, ...], do: Array) -> tuple[Any, ...]:
     """Let keys and their gradients go round together; after the last step the gradients have one step to go home."""
     q, k, v, segments, o, lse = saved
+    attend_bwd = partial(partial_attention_bwd, implementation=way)
     ranks, rank = plan.size(AXIS), plan.index("seq")
     delta = (do.astype(o.dtype) * o).sum(-1)
 
@@ -143,9 +154,9 @@ def _ring_bwd(plan: MeshPlan, window: int | None, saved: tuple[Array, ...], do: 
         k_i, v_i, segments_i, dk, dv = _shift(plan, *carry[:5])
         dq = carry[5]
 
-        def part(queries: slice, keys: slice, seen: Array) -> tuple[Array, Array, Array]:
+        def part(queries: slice, keys: slice, mask: Mask) -> tuple[Array, Array, Array]:
             new = attend_bwd(
-                q[:, queries], k_i[:, keys], v_i[:, keys], seen, lse[:, queries], do[:, queries], delta[:, queries]
+                q[:, queries], k_i[:, keys], v_i[:, keys], mask, lse[:, queries], do[:, queries], delta[:, queries]
             )
             return _add(dk, new[1], keys), _add(dv, new[2], keys), _add(dq, new[0], queries)
 

@@ -134,7 +134,7 @@ def test_activations_shrink_with_what_is_recomputed_and_what_is_split():
     assert_close(size(microbatches=4), none / 4)
     assert_close(size("data8"), none / 8)
     assert none > size("tensor4_data2") > size("tensor4_data2_sp") > none / 8
-    naive = dataclasses.replace(model_config("bench_mixtral").attention, implementation="naive")
+    naive = dataclasses.replace(model_config("bench_mixtral").attention, implementation="reference")
     assert size(attention=naive) > none
 
 

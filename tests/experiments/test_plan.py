@@ -8,6 +8,7 @@ import pytest
 
 from experiments import cli, plan
 from experiments.cli import CONFIGS
+from moejax.accounting import target
 from moejax.accounting.candidates import Rejected, consider, factorizations, layouts
 from moejax.accounting.chips import CHIPS, named_chip
 from moejax.accounting.communication import Transfer
@@ -135,9 +136,9 @@ def test_what_cannot_be_planned_is_one_line(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.skipif(missing_plugins() is None, reason="the CUDA plugin is here")
-def test_a_missing_plugin_is_one_line_with_the_command(tmp_path):
-    with pytest.raises(ValueError, match="pip install --no-deps jax-cuda13-plugin=="):
+def test_a_missing_plugin_is_one_line_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(target, "PLUGINS", ("no_such_plugin",))
+    with pytest.raises(ValueError, match=r"bash scripts/venv.sh aot, or pip install jax-cuda13-plugin=="):
         plan.main(["--smoke", "--compile", "--out", str(tmp_path / "none")])
 
 

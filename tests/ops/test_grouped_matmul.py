@@ -17,7 +17,7 @@ from moejax.ops.grouped_matmul import (
 )
 from tests.conftest import assert_close
 
-IMPLEMENTATIONS = ("ragged_dot", "blocked")
+IMPLEMENTATIONS = ("ragged_dot", "xla")
 
 ADVERSARIAL = {
     "one_row": (1, [0, 1, 0]),
@@ -30,6 +30,7 @@ ADVERSARIAL = {
     "off_by_one": (645, [63, 257, 1, 319, 0]),
     "many_experts": (300, [1] * 256),
     "last_expert_full": (300, [0] * 255 + [300]),
+    "more_than_the_rows": (130, [100, 90, 4]),
 }
 
 
@@ -92,14 +93,14 @@ def test_matmul_in_lower_precision_matches_reference(dtype, case, implementation
 
 
 @pytest.mark.parametrize("case", ADVERSARIAL)
-def test_blocked_swiglu_and_gradients_match_reference(case):
+def test_loops_of_blocks_for_swiglu_and_gradients_match_reference(case):
     with jax.enable_x64(True):
-        check_swiglu("blocked", *ADVERSARIAL[case], "float64")
+        check_swiglu("xla", *ADVERSARIAL[case], "float64")
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_blocked_swiglu_in_lower_precision_matches_reference(dtype):
-    check_swiglu("blocked", *ADVERSARIAL["off_by_one"], dtype)
+def test_loops_of_blocks_for_swiglu_in_lower_precision_matches_reference(dtype):
+    check_swiglu("xla", *ADVERSARIAL["off_by_one"], dtype)
 
 
 @settings(max_examples=30, deadline=None)
@@ -119,7 +120,7 @@ def _summed(function):
     return jax.jit(run)
 
 
-FAST = _summed(lambda *a: expert_swiglu(*a, implementation="blocked"))
+FAST = _summed(lambda *a: expert_swiglu(*a, implementation="xla"))
 SLOW = _summed(expert_swiglu_reference)
 
 
@@ -133,7 +134,7 @@ def test_rows_after_the_last_group_neither_read_nor_write():
     chex.assert_tree_all_finite((y, gradients[1:]))
 
 
-def test_auto_is_blocked_on_cpu():
+def test_auto_is_xlas_loops_on_a_cpu():
     x, w, _, _ = draw(0, 8, 2)
     lowered = jax.jit(grouped_matmul).lower(x, w, jnp.array([3, 5])).as_text()
     assert "while" in lowered
@@ -141,7 +142,7 @@ def test_auto_is_blocked_on_cpu():
 
 def test_unknown_implementation_is_an_error_that_names_the_known():
     x, w, _, _ = draw(0, 8, 2)
-    with pytest.raises(ValueError, match="blocked"):
+    with pytest.raises(ValueError, match="must be one of auto, mosaic, triton, xla, ragged_dot, reference"):
         grouped_matmul(x, w, jnp.array([3, 5]), implementation="fast")
 
 
@@ -188,5 +189,5 @@ def test_gradient_under_scan_and_remat_matches_reference():
 
         return (jax.lax.scan(layer, x * 0.1, stacked)[0] ** 2).sum()
 
-    fast, slow = (jax.jit(jax.grad(lambda *a, i=i: loss(i, *a), (0, 1)))(x, stacked) for i in ("blocked", "reference"))
+    fast, slow = (jax.jit(jax.grad(lambda *a, i=i: loss(i, *a), (0, 1)))(x, stacked) for i in ("xla", "reference"))
     assert_close(fast, slow, "float32")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moejax.config.mesh import MeshConfig
-from moejax.ops.attention import naive_attention, visible
+from moejax.ops.attention import attention
+from moejax.ops.mask import Mask
 from moejax.parallel import ring_attention as ring
 from moejax.parallel.plan import MeshPlan
 from moejax.parallel.ring_attention import context_attention
@@ -40,9 +41,8 @@ def with_pullback(attend, q, k, v, do):
 
 @functools.partial(jax.jit, static_argnums=0)
 def expected(window, segments, q, k, v, do):
-    index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    seen = visible(index, index, segments, segments, window)
-    return with_pullback(lambda *a: naive_attention(*a, seen), q, k, v, do)
+    mask = Mask.of_segments(segments, window)
+    return with_pullback(lambda *a: attention(*a, mask, implementation="reference"), q, k, v, do)
 
 
 @functools.cache
@@ -119,13 +119,13 @@ def test_causality_leaves_every_rank_of_a_ring_the_same_work(ranks):
 
 def test_a_step_of_the_ring_scores_half_a_square(monkeypatch):
     """The own keys cost a square; whichever other rank's keys come, half of one: the other half cannot be seen."""
-    scored, honest = [], ring.attend
+    scored, honest = [], ring.partial_attention
 
-    def recorded(q, k, *rest):
+    def recorded(q, k, *rest, **options):
         scored.append((q.shape[1], k.shape[1]))
-        return honest(q, k, *rest)
+        return honest(q, k, *rest, **options)
 
-    monkeypatch.setattr(ring, "attend", recorded)
+    monkeypatch.setattr(ring, "partial_attention", recorded)
     plan = plan_of("ring", 4)
     specs = [plan.spec("batch", "seq", None, None)] * 3 + [plan.spec("batch", "seq")]
     q, k, v, _ = draw("float32")
@@ -151,5 +151,5 @@ def test_the_backward_keeps_no_rotated_keys():
         return compiled.memory_analysis().temp_size_in_bytes
 
     ours = temporaries(lambda *a: ring.ring_attention(plan, *a))
-    plain = temporaries(lambda *a: ring._ring_fwd(plan, None, *a)[0])
+    plain = temporaries(lambda *a: ring._ring_fwd(plan, None, "auto", *a)[0])
     assert ours < plain / 4

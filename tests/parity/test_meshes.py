@@ -183,7 +183,7 @@ def test_the_compared_run_is_telling(model):
 def test_one_device_is_the_same_as_its_slow_twin():
     """Naive attention, dense dispatch, unrolled and recomputed: no block, sort, grouped matmul, scan, nothing saved."""
     model = proof_model(FULLY_TESTED)
-    twins = {"attention": dataclasses.replace(model.attention, implementation="naive")}
+    twins = {"attention": dataclasses.replace(model.attention, implementation="reference")}
     twins["moe"] = dataclasses.replace(model.moe, dispatch="dense")
     slow, fast = (
         train(FULLY_TESTED, mesh_config("single"), remat="full", unroll=True, **twins),

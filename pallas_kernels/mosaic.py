@@ -52,6 +52,9 @@ class _Accumulator:
     def __getitem__(self, index: Any) -> Array:
         return self.value[index]
 
+    def __setitem__(self, index: Any, value: Array) -> None:
+        self.value = value
+
 
 def run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
     """Run `body` on accumulators that begin as `plgpu.ACC.init(value)`, a tree of them; give their final values."""
@@ -65,6 +68,31 @@ def run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
         return jax.tree.unflatten(structure, [a.value for a in accumulators])
 
     return run
+
+
+def with_accumulators(body: Callable[..., Any], *starts: Array | tuple[int, int]) -> Any:
+    """Give what `body` returns, run on a float32 accumulator for each start: a value, or the shape of a zero one.
+
+    Products may be in flight while `body` works on values (`read`); none may be left in flight when it returns.
+    """
+    shapes = [start if isinstance(start, tuple) else start.shape for start in starts]
+    values = [(i, start) for i, start in enumerate(starts) if not isinstance(start, tuple)]
+
+    def run(*accumulators: Any) -> Any:
+        for i, value in values:
+            accumulators[i][...] = value
+        return body(*accumulators)
+
+    if interpreting():
+        return run(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in shapes))
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def read(acc: Any, in_flight: int = 0) -> Array:
+    """Give an accumulator's value once at most `in_flight` later products are still under way."""
+    if isinstance(acc, _Accumulator):
+        return acc.value
+    return plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
 
 
 def wgmma(acc: Any, a: Any, b: Any) -> None:

@@ -81,6 +81,8 @@ class Stamp:
     def batched(self, x_ECD, slots_EC, context):
         return self._stamp(x_ECD, jnp.broadcast_to(jnp.arange(E)[:, None], slots_EC.shape), slots_EC)
 
+    implementation = "auto"
+
     def grouped(self, x_RD, group_sizes_E, slots_R, context):
         expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(x_RD.shape[0]), side="right")
         return self._stamp(x_RD, expert_R, slots_R)
@@ -161,6 +163,8 @@ class Table:
 
     def batched(self, x_ECD, slots_EC, context):
         return self._look_up(slots_EC)
+
+    implementation = "auto"
 
     def grouped(self, x_RD, group_sizes_E, slots_R, context):
         return self._look_up(slots_R)

@@ -17,14 +17,16 @@ def interpreter_missing() -> str | None:
 
 
 @pytest.fixture
-def interpreter() -> Iterator[None]:
-    """Run kernels in Mosaic's interpreter, its race detector on."""
+def interpreter(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Run kernels in Mosaic's interpreter; a race, which it only prints, fails the test."""
     if (missing := interpreter_missing()) is not None:
         pytest.skip(missing)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
+    said = capsys.readouterr().out
+    assert "RACE DETECTED" not in said, said
 
 
 def rms(x: np.ndarray) -> float:

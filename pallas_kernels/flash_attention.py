@@ -1,0 +1,540 @@
+"""How does softmax attention run on Hopper's tensor cores without its scores in memory? The forward pass.
+
+FlashAttention-3's schedule (arXiv 2407.08608): one warpgroup copies key/value blocks, the others own 64 queries each
+and keep two products in flight (the next block's scores, this block's values) while they exponentiate; they take
+turns at issuing products, so that one's softmax runs under another's. Which blocks a block of queries visits, and
+which of them need a mask, XLA works out beforehand (`block_walks`): causality, windows, packed documents, the offset
+of ring attention and ragged ends are one mechanism.
+
+Roofline: 4*B*N*T*S*H FLOPs (half when causal) at 790 TFLOP/s; B*N*T*S exponentials at 3.9e12/s: binding for H = 64.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic
+from pallas_kernels.target import Declined
+
+Array = jax.Array
+
+ROWS = 64
+"""Rows of a warpgroup's products."""
+LAYOUT = plgpu.Layout.WGMMA
+"""How a warpgroup's registers hold a product: `reduce(1)` holds a value for each row, `reduce(0)` for each column."""
+NOTHING = -1e30
+"""The largest score seen before any was: finite, so that -inf minus it is -inf and it minus itself is 0."""
+L2_BYTES = 24 * 2**20
+"""Keys and values of the heads that are worked on at a time: half of the L2 cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Block sizes of the forward kernel."""
+
+    warpgroups: int = 2
+    """that compute, 64 queries each"""
+    block_kv: int = 128
+    """keys of a step"""
+    stages: int = 2
+    """key/value blocks in shared memory"""
+
+    @property
+    def block_q(self) -> int:
+        """Count the queries of a thread block."""
+        return ROWS * self.warpgroups
+
+
+def default_config(head_dim: int, value_dim: int) -> Config:
+    """Pick block sizes: as many queries a block as the registers of its warpgroups hold."""
+    return Config(warpgroups=3, block_kv=128) if max(head_dim, value_dim) <= 64 else Config()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is static about who sees whom and how scores become probabilities."""
+
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+
+    @property
+    def factor(self) -> float:
+        """Give what brings the masked scores to base-2 exponents."""
+        return mosaic.LOG2E * (self.scale if self.softcap is None else self.softcap)
+
+    def cap(self, s: Array) -> Array:
+        """Bound raw products softly: tanh(s * scale / softcap), still to be multiplied by `factor`."""
+        return s if self.softcap is None else jnp.tanh(s * (self.scale / self.softcap))
+
+
+def flash_attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKU: Array,
+    *,
+    offset: Array | None = None,
+    q_segments_BT: Array | None = None,
+    k_segments_BS: Array | None = None,
+    sinks_N: Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    config: Config | None = None,
+) -> tuple[Array, Array]:
+    """Attend; give o [B, T, N, U] and the natural log of each query's softmax denominator [B, T, N], float32.
+
+    Query i stands at key index offset + i (int32 scalar, may be traced). Causal: it sees the keys up to there, the
+    last `window` of them; segments: those of its own id; a sink is a logit of its head that only the denominator has.
+    A query that sees nothing gives 0 and -inf (with a sink: the sink). Head n reads key/value head n // (N/K).
+    Raises Declined for what the kernel cannot take.
+    """
+    options = check_call(q_BTNH, k_BSKH, v_BSKU, q_segments_BT, k_segments_BS, causal, window, softcap, scale)
+    batch, length, heads, dim = q_BTNH.shape
+    _, keys, kv_heads, value_dim = v_BSKU.shape
+    config = config or default_config(dim, value_dim)
+    _check_memory(config, dim, value_dim)
+    offset_1 = jnp.asarray(0 if offset is None else offset, jnp.int32).reshape(1)
+    blocks = (config.block_q, config.block_kv)
+    walks = block_walks((length, keys), blocks, offset_1[0], q_segments_BT, k_segments_BS, options)
+    extra = {"offset": offset_1, "walks": walks}
+    if q_segments_BT is not None and k_segments_BS is not None:
+        extra["q_segments"] = pad_edge(q_segments_BT, config.block_q)
+        extra["k_segments"] = pad_edge(k_segments_BS, config.block_kv)
+    if sinks_N is not None:
+        extra["sinks"] = sinks_N.astype(jnp.float32)
+    num_blocks = pl.cdiv(length, config.block_q)
+    order = TileOrder(batch, heads, num_blocks, heads_together(keys, kv_heads, heads, dim + value_dim))
+    body = functools.partial(
+        _kernel, names=tuple(extra), options=options, config=config, order=order, group=heads // kv_heads, keys=keys
+    )
+    out_type = (
+        jax.ShapeDtypeStruct((batch, length, heads, value_dim), q_BTNH.dtype),
+        jax.ShapeDtypeStruct((batch, heads, num_blocks * config.block_q), jnp.float32),
+    )
+    o_BTNU, lse_BNT = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=_scratch(config, dim, value_dim, q_BTNH.dtype, q_segments_BT is not None),
+        grid=(order.size,),
+        grid_names=("tile",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name="flash_attention",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q_BTNH, k_BSKH, v_BSKU, *extra.values())
+    return o_BTNU, lse_BNT[:, :, :length].swapaxes(1, 2)
+
+
+def check_call(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array | None,
+    k_segments: Array | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+) -> Options:
+    """Decline what the kernels, forward and backward, cannot take; give the options."""
+    (batch, length, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
+    value_dim = v.shape[3]
+    if k.shape != (batch, keys, kv_heads, dim) or v.shape != (batch, keys, kv_heads, value_dim):
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} must be [B, T, N, H], [B, S, K, H], [B, S, K, U]")
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
+        raise Declined(
+            f"dtypes of q, k, v ({q.dtype}, {k.dtype}, {v.dtype}) must be one of bfloat16, float16; use blockwise"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"heads ({heads}) must divide by kv_heads ({kv_heads})")
+    if dim % 64 or value_dim % 64 or not 64 <= dim <= 256 or not 64 <= value_dim <= 256:
+        raise Declined(f"head dims ({dim}, {value_dim}) must be multiples of 64 up to 256; pad them or use blockwise")
+    if not length or not keys:
+        raise Declined(f"queries ({length}) and keys ({keys}) must be at least 1; use blockwise")
+    if window is not None and (not causal or window < 1):
+        raise Declined(f"window ({window}) must be at least 1 and causal ({causal}); use blockwise with a mask")
+    if (q_segments is None) != (k_segments is None):
+        raise ValueError("q_segments_BT and k_segments_BS must both be given, or neither")
+    scale = 1.0 / math.sqrt(dim) if scale is None else scale
+    if scale <= 0 or (softcap is not None and softcap <= 0):
+        raise Declined(f"scale ({scale}) and softcap ({softcap}) must be above 0; use blockwise")
+    return Options(causal, window, softcap, scale)
+
+
+def _check_memory(config: Config, dim: int, value_dim: int) -> None:
+    need = 2 * (config.block_q * max(dim, value_dim) + config.stages * config.block_kv * (dim + value_dim))
+    if need + 4 * (config.block_q + config.stages * config.block_kv) + 256 > mosaic.SMEM_LIMIT:
+        raise Declined(f"{config} needs {need} bytes of shared memory (limit {mosaic.SMEM_LIMIT}); use smaller blocks")
+
+
+def heads_together(keys: int, kv_heads: int, heads: int, dims: int) -> int:
+    """Count the query heads whose keys and values stay in the L2 cache together."""
+    fit = max(1, L2_BYTES // (2 * keys * dims))
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= max(fit, 1)) * (heads // kv_heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileOrder:
+    """In which order thread blocks take their tiles: heads that share a cache together, long rows of blocks first."""
+
+    batch: int
+    heads: int
+    num_blocks: int
+    together: int
+    late_first: bool = True
+
+    @property
+    def size(self) -> int:
+        """Count the tiles."""
+        return self.batch * self.heads * self.num_blocks
+
+    def place(self, tile: Array) -> tuple[Array, Array, Array]:
+        """Give the batch row, head and block of a tile; under causality late queries and early keys have most to do."""
+        tile, head = lax.div(tile, jnp.int32(self.together)), lax.rem(tile, jnp.int32(self.together))
+        tile, block = lax.div(tile, jnp.int32(self.num_blocks)), lax.rem(tile, jnp.int32(self.num_blocks))
+        block = self.num_blocks - 1 - block if self.late_first else block
+        groups = jnp.int32(self.heads // self.together)
+        return lax.div(tile, groups), lax.rem(tile, groups) * self.together + head, block
+
+
+def pad_edge(segments: Array, block: int) -> Array:
+    """Lengthen segment ids to whole blocks by their last one, which widens no block's range of ids."""
+    return jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, -segments.shape[1] % block)), mode="edge")
+
+
+def block_walks(
+    lengths: tuple[int, int],
+    blocks: tuple[int, int],
+    offset: Array,
+    q_segments_BT: Array | None,
+    k_segments_BS: Array | None,
+    options: Options,
+    transposed: bool = False,
+) -> Array:
+    """Say for each block of queries which key blocks it visits: a `Walk`'s four numbers, int32 [1 or B, blocks, 4].
+
+    Outside of them no pair is visible; at least one is visited. Transposed: for each block of keys the blocks of
+    queries, where what lies beyond either end needs no mask.
+    """
+    (length, keys), (block_q, block_kv) = lengths, blocks
+    q0 = jnp.arange(0, length, block_q, dtype=jnp.int32)[:, None]
+    k0 = jnp.arange(0, keys, block_kv, dtype=jnp.int32)[None, :]
+    q1, k1 = jnp.minimum(q0 + block_q, length) - 1, k0 + block_kv - 1
+    some, every = (q0 >= 0) & (k0 >= 0), (q0 >= 0) & ((k1 < keys) | transposed)
+    if options.causal:
+        some, every = some & (k0 <= offset + q1), every & (k1 <= offset + q0)
+    if options.window is not None:
+        some, every = some & (offset + q0 - k1 < options.window), every & (offset + q1 - k0 < options.window)
+    some, every = some[None], every[None]
+    if q_segments_BT is not None and k_segments_BS is not None:
+        q_low, q_high = _block_extremes(q_segments_BT, block_q)
+        k_low, k_high = _block_extremes(k_segments_BS, block_kv)
+        q_low, q_high, k_low, k_high = q_low[:, :, None], q_high[:, :, None], k_low[:, None], k_high[:, None]
+        some &= (q_low <= k_high) & (k_low <= q_high)
+        every &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    if transposed:
+        some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
+    index, end = jnp.arange(some.shape[2], dtype=jnp.int32), jnp.int32(some.shape[2])
+    first = jnp.where(some, index, end).min(2)
+    last = jnp.where(some, index + 1, 0).max(2)
+    first, last = jnp.where(first < last, first, 0), jnp.maximum(last, 1)
+    every &= (index >= first[..., None]) & (index < last[..., None])
+    inner_first = jnp.where(every, index, end).min(2)
+    inner_last = jnp.where(every | (index < inner_first[..., None]), end, index).min(2)
+    inner_last = jnp.where(inner_first == end, first, jnp.minimum(inner_last, last))
+    inner = jnp.where(inner_first == end, 0, inner_last - inner_first)
+    return jnp.stack([first, last - inner_last, last - first - inner, last - first], axis=2)
+
+
+class Walk:
+    """The blocks that one tile visits, those that need a mask first: the late ones, then from the first one on."""
+
+    def __init__(self, walks_ref: Any, batch: Array, block: Array) -> None:
+        row = batch if walks_ref.shape[0] > 1 else 0
+        self.first, self.late, self.masked, self.steps = (walks_ref[row, block, i] for i in range(4))
+
+    def block(self, i: Array) -> Array:
+        """Name the block of step i."""
+        return self.first - self.late + i + jnp.where(i < self.late, self.steps, 0)
+
+
+def _block_extremes(segments: Array, block: int) -> tuple[Array, Array]:
+    """Give the least and the greatest segment id of each block."""
+    blocks = pad_edge(segments, block).reshape(segments.shape[0], -1, block)
+    return blocks.min(2), blocks.max(2)
+
+
+class Mask:
+    """Which scores of a tile count: its rows are a warpgroup's queries and its columns keys, or transposed.
+
+    One comparison a bound, of a column index that changes with the block: LLVM would keep what does not in registers.
+    """
+
+    def __init__(self, options: Options, keys: int, start: Array, offset: Array, ids_ref: Any) -> None:
+        """Begin at row `start`; `ids_ref` holds the segments of all rows in global memory, or is None."""
+        self.options, self.keys, self.start, self.offset = options, keys, start, offset
+        self.segments = ids_ref is not None
+        if self.segments:
+            self._rows = plgpu.load(ids_ref.at[pl.ds(start, ROWS)], layout=LAYOUT.reduce(1), optimized=False)
+
+    def __call__(self, s: Array, column_start: Array, ids_ref: Any, transposed: bool = False) -> Array:
+        """Set to -inf what may not be seen of a tile; `ids_ref` holds its columns' segments in shared memory."""
+        options = self.options
+        row_index = self.start - self.offset if transposed else self.start + self.offset
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1)) + row_index
+        columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=LAYOUT)
+        if options.causal:
+            bound = along(row, 0, s)
+            seen = columns + column_start >= bound if transposed else columns + column_start <= bound
+            s = jnp.where(seen, s, -jnp.inf)
+        if options.window is not None:
+            if transposed:
+                near = columns + (column_start - options.window) < bound
+            else:
+                near = columns + (column_start + options.window) > bound
+            s = jnp.where(near, s, -jnp.inf)
+        if not transposed and self.keys % s.shape[1]:
+            s = jnp.where(columns < self.keys - column_start, s, -jnp.inf)
+        if self.segments:
+            ids = plgpu.load(ids_ref, layout=LAYOUT.reduce(0))
+            s = jnp.where(along(self._rows, 0, s) == along(ids, 1, s), s, -jnp.inf)
+        return s
+
+
+def along(vector: Array, dim: int, like: Array) -> Array:
+    """Repeat a vector that lies along `dim` to the shape of a tile."""
+    return lax.broadcast_in_dim(vector, like.shape, [dim])
+
+
+def _scratch(config: Config, dim: int, value_dim: int, dtype: Any, segments: bool) -> dict[str, Any]:
+    per_stage = functools.partial(plgpu.Barrier, num_barriers=config.stages)
+    queries = mosaic.matrix((config.warpgroups, ROWS, dim), dtype)
+    outputs = mosaic.matrix((config.warpgroups, ROWS, value_dim), dtype)
+    ids = {"ids": plgpu.SMEM((config.stages, config.block_kv), jnp.int32)} if segments else {}
+    return ids | {
+        "queries_outputs": plgpu.RefUnion(queries, outputs),
+        "k": mosaic.matrix((config.stages, config.block_kv, dim), dtype),
+        "v": mosaic.matrix((config.stages, config.block_kv, value_dim), dtype),
+        "lse": plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
+        "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
+        "q_free": plgpu.Barrier(num_arrivals=config.warpgroups),
+        "k_full": per_stage(num_arrivals=2 if segments else 1),
+        "v_full": per_stage(),
+        "k_free": per_stage(num_arrivals=config.warpgroups),
+        "v_free": per_stage(num_arrivals=config.warpgroups),
+        "turn": plgpu.Barrier(num_barriers=config.warpgroups),
+    }
+
+
+def _kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    *refs: Any,
+    names: tuple[str, ...],
+    options: Options,
+    config: Config,
+    order: TileOrder,
+    group: int,
+    keys: int,
+    **scratch: Any,
+) -> None:
+    """Work on one tile: a batch row, a head, a block of queries."""
+    extra, (o_ref, lse_ref) = dict(zip(names, refs, strict=False)), refs[len(names) :]
+    batch, head, block = order.place(lax.axis_index("tile"))
+    warpgroup = lax.axis_index("warpgroup")
+    walk = Walk(extra["walks"], batch, block)
+
+    @pl.when(warpgroup == config.warpgroups)
+    def _copy() -> None:
+        plgpu.set_max_registers(24 if config.warpgroups == 2 else 32, action="decrease")
+        kv_head = lax.div(head, jnp.int32(group))
+        sources = {"k": [("k", k_ref.at[batch, :, kv_head])], "v": [("v", v_ref.at[batch, :, kv_head])]}
+        if "k_segments" in extra:
+            sources["k"].append(("ids", extra["k_segments"].at[batch]))
+        copy_blocks(sources, walk, config.block_kv, config.stages, scratch)
+
+    @pl.when(warpgroup < config.warpgroups)
+    def _compute() -> None:
+        plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
+        start = block * config.block_q + warpgroup * ROWS
+        queries, outputs = (member.at[warpgroup] for member in scratch["queries_outputs"])
+        q_full = scratch["q_full"].at[warpgroup]
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(start, ROWS), head], queries, q_full)
+        ids_ref = extra["q_segments"].at[batch] if "q_segments" in extra else None
+        mask = Mask(options, keys, start, extra["offset"][0], ids_ref)
+        needs_mask = options.causal or mask.segments or keys % config.block_kv != 0
+        softmax = _Softmax(options, config, queries, warpgroup, mask, walk, scratch)
+        plgpu.barrier_wait(q_full)
+        sink = extra["sinks"][head] * mosaic.LOG2E if "sinks" in extra else None
+        carry = softmax.start(sink, needs_mask)
+        unmasked = jnp.maximum(walk.masked, 1)
+        if options.causal or mask.segments:
+            carry = lax.fori_loop(1, unmasked, functools.partial(softmax.step, masked=True), carry)
+        carry = lax.fori_loop(unmasked if needs_mask else 1, walk.steps, softmax.step, carry)
+        o, lse = softmax.finish(carry)
+        scratch["lse"].at[warpgroup][...] = lse
+        outputs[...] = o.astype(o_ref.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(outputs, o_ref.at[batch, pl.ds(start, ROWS), head])
+        plgpu.copy_smem_to_gmem(scratch["lse"].at[warpgroup], lse_ref.at[batch, head, pl.ds(start, ROWS)])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def copy_blocks(
+    sources: dict[str, list[tuple[str, Any]]], walk: Walk, block: int, stages: int, scratch: dict[str, Any]
+) -> None:
+    """Copy the blocks of a walk, each into a stage that every warpgroup has left.
+
+    Sources that share a barrier stand together: {barrier: [(name in scratch, rows in global memory)]}.
+    """
+
+    @pl.loop(0, walk.steps)
+    def _step(i: Array) -> None:
+        slot, rows = lax.rem(i, jnp.int32(stages)), pl.ds(walk.block(i) * block, block)
+        for barrier, refs in sources.items():
+            pl.when(i >= stages)(functools.partial(plgpu.barrier_wait, scratch[f"{barrier}_free"].at[slot]))
+            for name, ref in refs:
+                plgpu.copy_gmem_to_smem(ref.at[rows], scratch[name].at[slot], scratch[f"{barrier}_full"].at[slot])
+
+    drain([scratch[f"{barrier}_free"] for barrier in sources], walk.steps, stages)
+
+
+def drain(barriers: list[Any], steps: Array, stages: int) -> None:
+    """Wait until the last stages are left."""
+
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def _step(i: Array) -> None:
+        for barrier in barriers:
+            plgpu.barrier_wait(barrier.at[lax.rem(i, jnp.int32(stages))])
+
+
+class _Softmax:
+    """A warpgroup's walk over the key blocks: block i's scores are multiplied while block i-1's values are.
+
+    The carry is (unnormalised o, largest score so far in base-2 units, sum of exponentials, last probabilities).
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        config: Config,
+        queries: Any,
+        warpgroup: Array,
+        mask: Mask,
+        walk: Walk,
+        scratch: dict[str, Any],
+    ) -> None:
+        self.options, self.config, self.queries, self.mask = options, config, queries, mask
+        self.warpgroup, self.walk, self.scratch = warpgroup, walk, scratch
+        self.value_dim, self.dtype = scratch["v"].shape[2], scratch["v"].dtype
+
+    def start(self, sink: Array | None, masked: bool) -> tuple[Array, ...]:
+        """Score the first block."""
+        rows = LAYOUT.reduce(1)
+        zero = jnp.float32(0.0)
+        highest = plgpu.layout_cast(jnp.full((ROWS,), NOTHING if sink is None else sink, jnp.float32), rows)
+        total = plgpu.layout_cast(jnp.full((ROWS,), zero if sink is None else zero + 1, jnp.float32), rows)
+        o = plgpu.layout_cast(jnp.zeros((ROWS, self.value_dim), jnp.float32), LAYOUT)
+
+        @pl.when(self.warpgroup == self.config.warpgroups - 1)
+        def _() -> None:
+            plgpu.barrier_arrive(self.scratch["turn"].at[0])
+
+        def score(s_acc: Any) -> tuple[Array, ...]:
+            self._await_turn()
+            self._issue_scores(s_acc, jnp.int32(0))
+            self._pass_turn()
+            return self._exponentiate(mosaic.read(s_acc), jnp.int32(0), highest, total, masked)
+
+        p, highest, total, _ = mosaic.with_accumulators(score, (ROWS, self.config.block_kv))
+        self._await_turn()
+        return o, highest, total, self._narrow(p)
+
+    def step(self, i: Array, carry: tuple[Array, ...], masked: bool = False) -> tuple[Array, ...]:
+        """Score the block of step i while the values of the one before are added up."""
+        o, highest, total, p = carry
+
+        def overlapped(s_acc: Any, o_acc: Any) -> tuple[Array, ...]:
+            self._issue_scores(s_acc, i)
+            before = self._issue_values(o_acc, p, i - 1)
+            self._pass_turn()
+            s = mosaic.read(s_acc, in_flight=0 if masked and self.mask.segments else 1)  # ids take p's registers
+            p_next, high, sums, shrink = self._exponentiate(s, i, highest, total, masked)
+            self._await_turn()  # here, for ptxas moves no exponential across its loop: none waits for the values
+            o_next = mosaic.read(o_acc) * along(shrink, 0, o)
+            plgpu.barrier_arrive(self.scratch["v_free"].at[before])
+            return o_next, high, sums, self._narrow(p_next)
+
+        return mosaic.with_accumulators(overlapped, (ROWS, self.config.block_kv), o)
+
+    def finish(self, carry: tuple[Array, ...]) -> tuple[Array, Array]:
+        """Add the last block's values; give the normalised o and the natural log of the denominator."""
+        o, highest, total, p = carry
+        plgpu.barrier_arrive(self.scratch["q_free"])
+
+        def values(o_acc: Any) -> Array:
+            before = self._issue_values(o_acc, p, self.walk.steps - 1)
+            self._pass_turn()
+            o_last = mosaic.read(o_acc)
+            plgpu.barrier_arrive(self.scratch["v_free"].at[before])
+            return o_last
+
+        o = mosaic.with_accumulators(values, o)
+
+        pl.when(self.warpgroup == 0)(self._await_turn)  # what `start` gave away
+        plgpu.barrier_wait(self.scratch["q_free"])  # outputs lie where the queries of all warpgroups lay
+        share = 1.0 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        return o * along(share, 0, o), highest * math.log(2.0) + jnp.log(total)
+
+    def _issue_scores(self, s_acc: Any, i: Array) -> None:
+        slot = lax.rem(i, jnp.int32(self.config.stages))
+        plgpu.barrier_wait(self.scratch["k_full"].at[slot])
+        mosaic.wgmma(s_acc, self.queries, self.scratch["k"].at[slot].transpose((1, 0)))
+
+    def _issue_values(self, o_acc: Any, p: Array, i: Array) -> Array:
+        slot = lax.rem(i, jnp.int32(self.config.stages))
+        plgpu.barrier_wait(self.scratch["v_full"].at[slot])
+        mosaic.wgmma(o_acc, p, self.scratch["v"].at[slot])
+        return slot
+
+    def _await_turn(self) -> None:
+        plgpu.barrier_wait(self.scratch["turn"].at[self.warpgroup])
+
+    def _pass_turn(self) -> None:
+        following = lax.rem(self.warpgroup + 1, jnp.int32(self.config.warpgroups))
+        plgpu.barrier_arrive(self.scratch["turn"].at[following])
+
+    def _exponentiate(
+        self, s: Array, i: Array, highest: Array, total: Array, masked: bool
+    ) -> tuple[Array, Array, Array, Array]:
+        """Give block i's probabilities against the new maximum, that, the new sum, and what old sums shrink by."""
+        slot = lax.rem(i, jnp.int32(self.config.stages))
+        if not (masked and self.mask.segments):
+            plgpu.barrier_arrive(self.scratch["k_free"].at[slot])
+        s = self.options.cap(s)
+        if masked:
+            ids_ref = self.scratch["ids"].at[slot] if self.mask.segments else None
+            s = self.mask(s, self.walk.block(i) * self.config.block_kv, ids_ref)
+            if self.mask.segments:
+                plgpu.barrier_arrive(self.scratch["k_free"].at[slot])
+        factor = self.options.factor
+        high = jnp.maximum(highest, s.max(axis=1) * factor)
+        shrink = jnp.exp2(highest - high)
+        p = jnp.exp2(s * factor - along(high, 0, s))
+        total = total * shrink + p.sum(axis=1)
+        return p, high, total, shrink
+
+    def _narrow(self, p: Array) -> Array:
+        """Narrow probabilities here, neither before (a product reads those registers) nor after: LLVM would move it."""
+        return lax.optimization_barrier(lax.optimization_barrier(p).astype(self.dtype))

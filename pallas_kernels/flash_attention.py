@@ -297,16 +297,15 @@ class Mask:
             bound = along(row, 0, s)
             seen = columns + column_start >= bound if transposed else columns + column_start <= bound
             s = jnp.where(seen, s, -jnp.inf)
-        if options.window is not None:
-            if transposed:
-                near = columns + (column_start - options.window) < bound
-            else:
-                near = columns + (column_start + options.window) > bound
-            s = jnp.where(near, s, -jnp.inf)
+            if options.window is not None and transposed:
+                s = jnp.where(columns + (column_start - options.window) < bound, s, -jnp.inf)
+            elif options.window is not None:
+                s = jnp.where(columns + (column_start + options.window) > bound, s, -jnp.inf)
         if not transposed and self.keys % s.shape[1]:
             s = jnp.where(columns < self.keys - column_start, s, -jnp.inf)
         if self.segments:
             ids = plgpu.load(ids_ref, layout=LAYOUT.reduce(0))
+            plgpu.commit_smem()  # before the copy engine may write the next block's ids there
             s = jnp.where(along(self._rows, 0, s) == along(ids, 1, s), s, -jnp.inf)
         return s
 

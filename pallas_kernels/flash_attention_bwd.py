@@ -404,12 +404,12 @@ def _dkv_kernel(
 
             plgpu.barrier_wait(scratch["full"].at[slot])
             tile = (ROWS, config.dkv_block)
-            starts = (
+            shift, delta = (
                 lax.broadcast_in_dim(plgpu.load(scratch[name].at[slot], layout=LAYOUT.reduce(0)), tile, [1])
                 for name in ("shift", "delta")
             )
             apart = masked or "dk" not in wanted  # a mask wants the registers that products in flight hold
-            return _gradients(score, hide, multiply, add, tuple(starts), sums, options, apart)
+            return _gradients(score, hide, multiply, add, (shift, delta), sums, options, apart)
 
         def of_head(g: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             return _take(walk, options.causal or mask.segments, functools.partial(step, before=g * walk.steps), sums)
@@ -450,7 +450,7 @@ def _gradients(
     """
     shift, minus_delta = starts
     capped = options.softcap is not None
-    s_start = shift.shape if capped else shift
+    s_start = jnp.zeros_like(shift) if capped else shift
 
     def exponentiate(s: Array) -> tuple[Array, Array]:
         t = hide(options.cap(s))

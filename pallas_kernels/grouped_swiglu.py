@@ -74,9 +74,10 @@ def grouped_swiglu_bwd(
 
 
 def gradients_config(num_rows: int, num_experts: int, width: int) -> Config:
-    """Choose grouped_swiglu_bwd's cut by shapes: its staging leaves room for fewer stages."""
+    """Choose grouped_swiglu_bwd's cut by shapes: its staging leaves room for fewer stages, and its registers none."""
     config = default_config(num_rows, num_experts, width)
-    return replace(config, stages=most_stages(config.rows, config.columns, slabs=5))
+    cluster = 1 if config.columns == 256 else config.cluster  # a neighbour's barriers spill four registers
+    return replace(config, cluster=cluster, stages=most_stages(config.rows, config.columns, slabs=5))
 
 
 def _sigmoid(x: Array) -> Array:
@@ -149,12 +150,13 @@ class StoreGradients:
             gate, up = (jnp.where(place.of_expert, s[...].astype(jnp.float32), 0.0) for s in (gates, ups))
             open_ = _sigmoid(gate)
             silu = gate * open_
-            results = (dhidden * up * (open_ + silu * (1.0 - open_)), dhidden * silu, silu * up)
+            exact = (dhidden * up * (open_ + silu * (1.0 - open_)), dhidden * silu, silu * up)
+            results = [x.astype(jnp.bfloat16) for x in exact]  # now: half the registers while it waits
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the slab before has left
             if 0 < i < len(parts) - 1:
                 self._fetch(i + 1, place, ins, scratch)
             for slab, result in zip((gates, ups, hiddens), results, strict=True):
-                slab[...] = result.astype(jnp.bfloat16)
+                slab[...] = result
             plgpu.commit_smem()
             for slab, out in zip((gates, ups, hiddens), outs, strict=True):
                 store_rows(slab, out, place.first, place.num_rows, place.column + i * WIDTH)

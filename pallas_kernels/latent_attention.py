@@ -204,9 +204,7 @@ def _kernel(call: Call, tile_rows: int, *refs: Any) -> None:
 
         @pl.when(token + call.tile > span.length)
         def _() -> None:
-            # The values that this warpgroup will read, no more registers at a time than a product's operand has.
-            for n in range(half_dim // 64):
-                clear(latent.at[:, pl.ds(wg * half_dim + n * 64, 64)], span.length - token)
+            clear(latent.at[:, my_columns], span.length - token)  # the values that this warpgroup will read
 
         meet()
         halves = [plgpu.load(p_smem.at[n], layout=plgpu.Layout.WGMMA) for n in range(WARPGROUPS)]

@@ -325,6 +325,8 @@ def _compute_span(call: _Pass, gmem: Any, smem: Any, steps: Array, begin: Any) -
     row = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=layout.reduce(1))
     where = (batch, span, head, slice(None), held)
     state = plgpu.load(gmem["start"].at[where], layout=layout, optimized=False)
+    # Through an accumulator, as each step's: inside shard_map only what was loaded varies over the mesh.
+    state = mosaic.with_accumulators(mosaic.read, state)
 
     def step_of(step: Array, state: Array) -> Array:
         slot = lax.rem(step, jnp.int32(call.stages))

@@ -1,10 +1,10 @@
 """How does the GPU attend to keys that lie in pages? Split-KV attention through a block table, and its merge.
 
-Decode moves 2 * length * (H + U) bytes a key/value head and does 2 * 2 * G * (H + U) / 4 FLOPs a byte: it is bound by
-the pages' bytes at any group G <= 32. So the query rows of a group (and of a few speculative tokens) share one
-wgmma of 64 rows: at H = 128 a tile of 64 tokens costs 2.1 MFLOP (0.3 us of an SM's tensor cores) and 32 KB (1 us of its
-share of 4.3 TB/s). Two blocks live on an SM, each with its own ring of asynchronous copies, 192 KB in flight together;
-while one block starts, ends or takes a softmax, the other one's copies run. No warp is given to copying alone.
+Decode moves 2 * (H + U) bytes a token and key/value head and does G FLOPs a byte, G query heads to a kv head:
+the pages' bytes bind it. So tensor cores may be wasted: the query rows of a group (and of a few speculative tokens)
+share one wgmma of 64 rows: at H = 128 a tile of 64 tokens costs 2.1 MFLOP (0.3 us of an SM's tensor cores) and 32 KB
+(1 us of its share of 4.3 TB/s). Two blocks live on an SM, each with its own ring of asynchronous copies, 192 KB in
+flight together; while one block starts, ends or takes a softmax, the other one's copies run. No warp only copies.
 
 Splits have a fixed size in tokens and lie at fixed positions, partial results are joined in the order of positions in
 groups of a fixed size, a row never sees another row's numbers: a query's result has the same bits whatever else is in
@@ -99,29 +99,10 @@ def paged_attention(
     Raises Declined for shapes, pages and dtypes that it has no tiles for.
     """
     _check(q_BTNH, k_PZKH, v_PZKU, config)
-    batch, length, heads, dim = q_BTNH.shape
+    _, length, heads, _ = q_BTNH.shape
     kv_heads, group = k_PZKH.shape[2], heads // k_PZKH.shape[2]
-    capacity = tables_BI.shape[1] * k_PZKH.shape[1]
     q_BKRH = by_kv_head(q_BTNH, kv_heads)
-    one_tile = q_BKRH.shape[2] <= ROWS
-    split = config.split if one_tile else -(-capacity // config.tile) * config.tile
-    call = Call(
-        batch=batch,
-        kv_heads=kv_heads,
-        group=group,
-        rows=q_BKRH.shape[2],
-        key_dim=dim,
-        value_dim=v_PZKU.shape[3],
-        page=k_PZKH.shape[1],
-        num_splits=-(-capacity // split),
-        split=split,
-        tile=config.tile,
-        stages=config.stages or _stages(config.tile, dim, v_PZKU.shape[3]),
-        scale=dim**-0.5 if scale is None else scale,
-        window=window,
-        softcap=softcap,
-        dtype=q_BTNH.dtype,
-    )
+    call = _call(q_BKRH, k_PZKH, v_PZKU, tables_BI, group, config, scale, window, softcap)
     tables_BI, lengths_B, query_lengths_B = (x.astype(jnp.int32) for x in (tables_BI, lengths_B, query_lengths_B))
     sinks_N = None if sinks_N is None else sinks_N.astype(jnp.float32) * LOG2E
     o, lse_BKSR = _attend(call, q_BKRH, k_PZKH, v_PZKU, tables_BI, lengths_B, query_lengths_B, sinks_N)
@@ -135,10 +116,45 @@ def paged_attention(
         sinks_N,
         length=length,
         group=group,
-        split=split,
+        split=call.split,
         window=window,
         fan_in=config.fan_in,
         dtype=q_BTNH.dtype,
+    )
+
+
+def _call(
+    q_BKRH: Array,
+    k_PZKH: Array,
+    v_PZKU: Array,
+    tables_BI: Array,
+    group: int,
+    config: Config,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Call:
+    """Choose splits and stages: keys are split while the queries of a kv head fit one tile of rows."""
+    batch, kv_heads, rows, dim = q_BKRH.shape
+    page, value_dim = k_PZKH.shape[1], v_PZKU.shape[3]
+    capacity = tables_BI.shape[1] * page
+    split = config.split if rows <= ROWS else -(-capacity // config.tile) * config.tile
+    return Call(
+        batch=batch,
+        kv_heads=kv_heads,
+        group=group,
+        rows=rows,
+        key_dim=dim,
+        value_dim=value_dim,
+        page=page,
+        num_splits=-(-capacity // split),
+        split=split,
+        tile=config.tile,
+        stages=config.stages or _stages(config.tile, dim, value_dim),
+        scale=dim**-0.5 if scale is None else scale,
+        window=window,
+        softcap=softcap,
+        dtype=q_BKRH.dtype,
     )
 
 
@@ -323,7 +339,8 @@ def _attend_kernel(call: Call, tile_rows: int, has_sinks: bool, *refs: Any) -> N
         pages = start()
         plgpu.barrier_wait(q_bar)
         carry = (*nothing(call.value_dim), pages)
-        middle = span.masked - span.first
+        # Wide values leave no registers for a loop of their own for the tiles that need no mask.
+        middle = jnp.int32(0) if call.value_dim > 192 else span.masked - span.first
         carry = lax.fori_loop(0, middle, functools.partial(step, False), carry)
         acc, m, total, _ = lax.fori_loop(middle, num_tiles, functools.partial(step, True), carry)
         o, lse = finish(call, span, row_tile, acc, m, total)
@@ -405,11 +422,13 @@ def masked_scores(call: Call, span: Span, row_tile: Array, token: Array, s: Arra
 
 
 def clear(v_smem: Any, num_tokens: Array) -> None:
-    """Put zeros where a page holds no token yet: a weight of zero does not undo a NaN."""
+    """Put zeros where a page holds no token yet: a weight of zero does not undo a NaN. 64 columns at a time."""
     layout = plgpu.Layout.WGMMA
-    v = plgpu.load(v_smem, layout=layout)
-    token = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=layout)
-    v_smem[...] = jnp.where(token < num_tokens, v, jnp.zeros_like(v))
+    for start in range(0, v_smem.shape[1], 64):
+        part = v_smem.at[:, pl.ds(start, 64)]
+        v = plgpu.load(part, layout=layout)
+        token = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=layout)
+        part[...] = jnp.where(token < num_tokens, v, jnp.zeros_like(v))
     plgpu.commit_smem()
 
 

@@ -35,6 +35,15 @@ class Config:
     """rows on their way to a block at a time"""
     num_blocks: int = 2 * mosaic.NUM_SMS
 
+    @classmethod
+    def of(cls, dim: int, num_inputs: int) -> "Config":
+        """Take two blocks a multiprocessor with as many slots as fit, or one where two do not."""
+        for blocks in (2, 1):
+            for stages in (3, 2):
+                if blocks * (2 * dim * (stages * num_inputs + 2) + 2048) <= mosaic.SMEM_LIMIT:
+                    return cls(stages, blocks * mosaic.NUM_SMS)
+        raise Declined(f'RMSNorm backward: D ({dim}) must fit in shared memory; use "xla"')
+
 
 def rms_norm_bwd(
     x_MD: Array, scale_D: Array, dy_MD: Array, eps: float, dz_MD: Array | None = None, config: Config | None = None
@@ -49,7 +58,7 @@ def rms_norm_bwd(
         raise Declined(f'RMSNorm backward: dtypes {x_MD.dtype}, {scale_D.dtype} must be bfloat16; use "xla"')
     if dim % CHUNK or dim > 8192:
         raise Declined(f'RMSNorm backward: D ({dim}) must be a multiple of {CHUNK} up to 8192; use "xla"')
-    config = config or Config()
+    config = config or Config.of(dim, len(arrays))
     config = replace(config, num_blocks=min(config.num_blocks, num_rows))
     lines = (dim // LINE, LINE)
     rows = jax.ShapeDtypeStruct((num_rows, *lines), jnp.bfloat16)

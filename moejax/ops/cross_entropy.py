@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moejax.compat import vary_like
-from moejax.ops.backend import choose, to_common_axes
+from moejax.ops.backend import call, choose, to_common_axes
 from pallas_kernels.target import Target
 
 Reduce = Callable[[Array], Array]
@@ -48,7 +48,7 @@ def mixture_cross_entropy(log_gate_EM: Float[Array, "E M"], loss_EM: Float[Array
     return -jax.nn.logsumexp(log_gate_EM - loss_EM, axis=0)
 
 
-class _Call(NamedTuple):
+class _How(NamedTuple):
     """What of a linear cross-entropy is no array."""
 
     sum_over: Reduce
@@ -85,8 +85,8 @@ def linear_cross_entropy(
     if block is None:
         fitting = BLOCK_BYTES // (x_MD.shape[0] * wide.itemsize) // 128 * 128
         block = max(fitting, 1024)
-    call = _Call(sum_over, max_over, min(block, w.shape[vocab_dim]), vocab_dim, softcap, implementation)
-    return _linear_cross_entropy(call, *to_common_axes(x_MD, w, targets_M, jnp.asarray(first, targets_M.dtype)))
+    how = _How(sum_over, max_over, min(block, w.shape[vocab_dim]), vocab_dim, softcap, implementation)
+    return _linear_cross_entropy(how, *to_common_axes(x_MD, w, targets_M, jnp.asarray(first, targets_M.dtype)))
 
 
 def _order(chip: Target) -> tuple[str, ...]:
@@ -94,31 +94,32 @@ def _order(chip: Target) -> tuple[str, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_cross_entropy(call: _Call, x_MD: Array, w: Array, targets_M: Array, first: Array) -> Array:
-    return _linear_cross_entropy_fwd(call, x_MD, w, targets_M, first)[0]
+def _linear_cross_entropy(how: _How, x_MD: Array, w: Array, targets_M: Array, first: Array) -> Array:
+    return _linear_cross_entropy_fwd(how, x_MD, w, targets_M, first)[0]
 
 
-def _linear_cross_entropy_fwd(call: _Call, x_MD: Array, w: Array, targets_M: Array, first: Array) -> tuple:
-    ways = {"mosaic": functools.partial(_mosaic, call), "xla": functools.partial(_statistics, call)}
+def _linear_cross_entropy_fwd(how: _How, x_MD: Array, w: Array, targets_M: Array, first: Array) -> tuple:
+    ways = {"mosaic": functools.partial(_mosaic, how), "xla": functools.partial(_statistics, how)}
     name = "linear_cross_entropy"
-    max_M, total_M, target_M = choose(name, call.implementation, ways, _order, x_MD, w, targets_M - first)
-    highest_M = call.max_over(max_M)
-    lse_M = jnp.log(call.sum_over(total_M * jnp.exp(max_M - highest_M))) + highest_M
-    return lse_M - call.sum_over(target_M), (x_MD, w, targets_M, first, lse_M)
+    max_M, total_M, target_M = choose(name, how.implementation, ways, _order, x_MD, w, targets_M - first)
+    highest_M = how.max_over(max_M)
+    lse_M = jnp.log(how.sum_over(total_M * jnp.exp(max_M - highest_M))) + highest_M
+    return lse_M - how.sum_over(target_M), (x_MD, w, targets_M, first, lse_M)
 
 
-def _mosaic(call: _Call, x_MD: Array, w: Array, columns_M: Array) -> tuple[Array, Array, Array]:
+def _mosaic(how: _How, x_MD: Array, w: Array, columns_M: Array) -> tuple[Array, Array, Array]:
     from pallas_kernels.linear_cross_entropy import linear_cross_entropy_statistics  # Mosaic takes long to import
 
-    return linear_cross_entropy_statistics(x_MD, w, columns_M, vocab_dim=call.vocab_dim, softcap=call.softcap)
+    options = {"vocab_dim": how.vocab_dim, "softcap": how.softcap}
+    return call(linear_cross_entropy_statistics, x_MD, w, columns_M, **options)
 
 
-def _statistics(call: _Call, x_MD: Array, w: Array, columns_M: Array) -> tuple[Array, Array, Array]:
+def _statistics(how: _How, x_MD: Array, w: Array, columns_M: Array) -> tuple[Array, Array, Array]:
     """Give each row's largest logit, the sum of exp(logit - largest) and the logit of its column, 0 if it has none."""
     wide = jnp.promote_types(x_MD.dtype, jnp.float32)
 
     def add(start: Array | int, size: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        logits_MV, _ = _logits(call, x_MD, w, start, size)
+        logits_MV, _ = _logits(how, x_MD, w, start, size)
         *sums, target_M = carry
         here_M = (columns_M >= start) & (columns_M < start + size)
         column_M1 = jnp.where(here_M, columns_M - start, 0)[:, None]
@@ -128,7 +129,7 @@ def _statistics(call: _Call, x_MD: Array, w: Array, columns_M: Array) -> tuple[A
 
     lowest_M = jnp.full(columns_M.shape, jnp.finfo(wide).min, wide)
     zeros_M = jnp.zeros(columns_M.shape, wide)
-    return _over_blocks(call, w, add, tuple(vary_like(c, x_MD) for c in (lowest_M, zeros_M, zeros_M)))
+    return _over_blocks(how, w, add, tuple(vary_like(c, x_MD) for c in (lowest_M, zeros_M, zeros_M)))
 
 
 def _max_and_sum(logits_MV: Array) -> tuple[Array, Array]:
@@ -145,48 +146,48 @@ def _joined(a: Sequence[Array], b: Sequence[Array]) -> tuple[Array, Array]:
     return highest, a[1] * jnp.exp(a[0] - highest) + b[1] * jnp.exp(b[0] - highest)
 
 
-def _linear_cross_entropy_bwd(call: _Call, saved: tuple, dloss_M: Array) -> tuple:
+def _linear_cross_entropy_bwd(how: _How, saved: tuple, dloss_M: Array) -> tuple:
     x_MD, w, targets_M, first, lse_M = saved
     dloss_M, lse_M = (vary_like(y, x_MD) for y in (dloss_M, lse_M))
 
     def add(start: Array | int, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         dx_MD, dw = carry
-        logits_MV, slope_MV = _logits(call, x_MD, w, start, size)
+        logits_MV, slope_MV = _logits(how, x_MD, w, start, size)
         is_target_MV = start + jnp.arange(size) == (targets_M - first)[:, None]
         dlogits_MV = (jnp.exp(logits_MV - lse_M[:, None]) - is_target_MV) * dloss_M[:, None] * slope_MV
         dlogits_MV = dlogits_MV.astype(x_MD.dtype)
         wide = dx_MD.dtype
-        dims = ((1,), (call.vocab_dim,)), ((), ())
-        dx_MD += lax.dot_general(dlogits_MV, _part(call, w, start, size), dims, preferred_element_type=wide)
-        pair = (x_MD, dlogits_MV) if call.vocab_dim else (dlogits_MV, x_MD)
+        dims = ((1,), (how.vocab_dim,)), ((), ())
+        dx_MD += lax.dot_general(dlogits_MV, _part(how, w, start, size), dims, preferred_element_type=wide)
+        pair = (x_MD, dlogits_MV) if how.vocab_dim else (dlogits_MV, x_MD)
         part = lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=wide)
-        return dx_MD, lax.dynamic_update_slice_in_dim(dw, part.astype(w.dtype), start, axis=call.vocab_dim)
+        return dx_MD, lax.dynamic_update_slice_in_dim(dw, part.astype(w.dtype), start, axis=how.vocab_dim)
 
     zeros = (jnp.zeros(x_MD.shape, jnp.promote_types(x_MD.dtype, jnp.float32)), jnp.zeros_like(w))
-    dx_MD, dw = _over_blocks(call, w, add, tuple(vary_like(c, x_MD) for c in zeros))
+    dx_MD, dw = _over_blocks(how, w, add, tuple(vary_like(c, x_MD) for c in zeros))
     return dx_MD.astype(x_MD.dtype), dw, None, None
 
 
 _linear_cross_entropy.defvjp(_linear_cross_entropy_fwd, _linear_cross_entropy_bwd)
 
 
-def _over_blocks(call: _Call, w: Array, add: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+def _over_blocks(how: _How, w: Array, add: Callable[[Any, int, Any], Any], carry: Any) -> Any:
     """Fold `add(first column, number of columns, carry)` over the blocks; what is left over goes last."""
-    full, rest = divmod(w.shape[call.vocab_dim], call.block)
-    carry = lax.fori_loop(0, full, lambda i, carry: add(i * call.block, call.block, carry), carry)
-    return add(full * call.block, rest, carry) if rest else carry
+    full, rest = divmod(w.shape[how.vocab_dim], how.block)
+    carry = lax.fori_loop(0, full, lambda i, carry: add(i * how.block, how.block, carry), carry)
+    return add(full * how.block, rest, carry) if rest else carry
 
 
-def _part(call: _Call, w: Array, start: Array | int, size: int) -> Array:
-    return lax.dynamic_slice_in_dim(w, start, size, axis=call.vocab_dim)
+def _part(how: _How, w: Array, start: Array | int, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(w, start, size, axis=how.vocab_dim)
 
 
-def _logits(call: _Call, x_MD: Array, w: Array, start: Array | int, size: int) -> tuple[Array, Array | float]:
+def _logits(how: _How, x_MD: Array, w: Array, start: Array | int, size: int) -> tuple[Array, Array | float]:
     """Give some columns of the logits in float32 or wider, and their slope in what x @ w is."""
     wide = jnp.promote_types(x_MD.dtype, jnp.float32)
-    dims = ((1,), (1 - call.vocab_dim,)), ((), ())
-    logits_MV = lax.dot_general(x_MD, _part(call, w, start, size), dims, preferred_element_type=wide)
-    if call.softcap is None:
+    dims = ((1,), (1 - how.vocab_dim,)), ((), ())
+    logits_MV = lax.dot_general(x_MD, _part(how, w, start, size), dims, preferred_element_type=wide)
+    if how.softcap is None:
         return logits_MV, 1.0
-    bent_MV = jnp.tanh(logits_MV / call.softcap)
-    return call.softcap * bent_MV, 1 - bent_MV**2
+    bent_MV = jnp.tanh(logits_MV / how.softcap)
+    return how.softcap * bent_MV, 1 - bent_MV**2

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.backend import choose, to_common_axes
+from moejax.ops.backend import call, choose, to_common_axes
 from pallas_kernels.target import Target
 
 CHUNK = 128
@@ -127,13 +127,13 @@ _linear_attention.defvjp(_linear_attention_fwd, _linear_attention_bwd)
 def _mosaic(q: Array, k: Array, v: Array, decay: Array, state: Array, document: Array | None) -> tuple[Array, Array]:
     from pallas_kernels.lightning_attention import lightning_attention  # Mosaic is slow to import
 
-    return lightning_attention(q, k, v, decay, state, document)
+    return call(lightning_attention, q, k, v, decay, state, document)
 
 
 def _mosaic_bwd(*args: Any) -> tuple[Array, Array, Array, Array]:
     from pallas_kernels.lightning_attention import lightning_attention_bwd
 
-    return lightning_attention_bwd(*args)
+    return call(lightning_attention_bwd, *args)
 
 
 def _chunked_bwd(

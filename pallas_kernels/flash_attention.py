@@ -29,6 +29,8 @@ ROWS = 64
 """Rows of a warpgroup's products."""
 LAYOUT = plgpu.Layout.WGMMA
 """How a warpgroup's registers hold a product: `reduce(1)` holds a value for each row, `reduce(0)` for each column."""
+REGISTERS = {2: (24, 240), 3: (32, 160)}
+"""A thread's registers, in the warpgroup that copies and in those that compute, by the number of the latter."""
 NOTHING = -1e30
 """The largest score seen before any was: finite, so that -inf minus it is -inf and it minus itself is 0."""
 L2_BYTES = 24 * 2**20
@@ -53,8 +55,10 @@ class Config:
 
 
 def default_config(head_dim: int, value_dim: int) -> Config:
-    """Pick block sizes: as many queries a block as the registers of its warpgroups hold."""
-    return Config(warpgroups=3, block_kv=128) if max(head_dim, value_dim) <= 64 else Config()
+    """Pick block sizes that registers and shared memory hold: as many queries a block as they can."""
+    if max(head_dim, value_dim) <= 64:
+        return Config(warpgroups=3)
+    return Config() if head_dim + value_dim <= 320 else Config(block_kv=64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +103,8 @@ def flash_attention(
     Raises Declined for what the kernel cannot take.
     """
     options = check_call(q_BTNH, k_BSKH, v_BSKU, q_segments_BT, k_segments_BS, causal, window, softcap, scale)
-    batch, length, heads, dim = q_BTNH.shape
-    _, keys, kv_heads, value_dim = v_BSKU.shape
-    config = config or default_config(dim, value_dim)
-    _check_memory(config, dim, value_dim)
+    length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    config = config or default_config(q_BTNH.shape[3], v_BSKU.shape[3])
     offset_1 = jnp.asarray(0 if offset is None else offset, jnp.int32).reshape(1)
     blocks = (config.block_q, config.block_kv)
     walks = block_walks((length, keys), blocks, offset_1[0], q_segments_BT, k_segments_BS, options)
@@ -112,27 +114,35 @@ def flash_attention(
         extra["k_segments"] = pad_edge(k_segments_BS, config.block_kv)
     if sinks_N is not None:
         extra["sinks"] = sinks_N.astype(jnp.float32)
+    o_BTNU, lse_BNT = _launch(options, config, (q_BTNH, k_BSKH, v_BSKU), extra)
+    return o_BTNU, lse_BNT[:, :, :length].swapaxes(1, 2)
+
+
+def _launch(options: Options, config: Config, inputs: tuple[Array, ...], extra: dict[str, Array]) -> list[Array]:
+    """Run the kernel; its lse is [B, N, whole blocks]: rows of a copy must begin at 16 bytes."""
+    (q, _, v), dtype = inputs, inputs[0].dtype
+    batch, length, heads, dim = q.shape
+    _, keys, kv_heads, value_dim = v.shape
+    rows = 2 * config.block_q * max(dim, value_dim) + 4 * config.block_q
+    check_blocks(config, config.block_kv, rows, config.stages * (2 * (dim + value_dim) + 4))
     num_blocks = pl.cdiv(length, config.block_q)
     order = TileOrder(batch, heads, num_blocks, heads_together(keys, kv_heads, heads, dim + value_dim))
-    body = functools.partial(
-        _kernel, names=tuple(extra), options=options, config=config, order=order, group=heads // kv_heads, keys=keys
-    )
-    out_type = (
-        jax.ShapeDtypeStruct((batch, length, heads, value_dim), q_BTNH.dtype),
+    static = {"options": options, "config": config, "order": order, "group": heads // kv_heads, "keys": keys}
+    out_type = [
+        jax.ShapeDtypeStruct((batch, length, heads, value_dim), dtype),
         jax.ShapeDtypeStruct((batch, heads, num_blocks * config.block_q), jnp.float32),
-    )
-    o_BTNU, lse_BNT = plgpu.kernel(
-        body,
+    ]
+    return mosaic.kernel(
+        functools.partial(_kernel, names=tuple(extra), **static),
         out_type=out_type,
-        scratch_types=_scratch(config, dim, value_dim, q_BTNH.dtype, q_segments_BT is not None),
+        scratch_types=_scratch(config, dim, value_dim, dtype, "q_segments" in extra),
         grid=(order.size,),
         grid_names=("tile",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="flash_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q_BTNH, k_BSKH, v_BSKU, *extra.values())
-    return o_BTNU, lse_BNT[:, :, :length].swapaxes(1, 2)
+    )(*inputs, *extra.values())
 
 
 def check_call(
@@ -171,9 +181,14 @@ def check_call(
     return Options(causal, window, softcap, scale)
 
 
-def _check_memory(config: Config, dim: int, value_dim: int) -> None:
-    need = 2 * (config.block_q * max(dim, value_dim) + config.stages * config.block_kv * (dim + value_dim))
-    if need + 4 * (config.block_q + config.stages * config.block_kv) + 256 > mosaic.SMEM_LIMIT:
+def check_blocks(config: Any, block: int, row_bytes: int, column_bytes: int) -> None:
+    """Decline what registers, tiles or shared memory cannot hold: bytes of a tile's rows, and of each column."""
+    if config.warpgroups not in REGISTERS:
+        raise Declined(f"warpgroups ({config.warpgroups}) must be one of {tuple(REGISTERS)}; use 2")
+    if block % 64 or not 64 <= block <= 256:
+        raise Declined(f"blocks ({block}) of {config} must be multiples of 64 up to 256; use 128 or 64")
+    need = row_bytes + column_bytes * block + 1024  # barriers, and what alignment leaves free
+    if need > mosaic.SMEM_LIMIT:
         raise Declined(f"{config} needs {need} bytes of shared memory (limit {mosaic.SMEM_LIMIT}); use smaller blocks")
 
 
@@ -356,7 +371,7 @@ def _kernel(
 
     @pl.when(warpgroup == config.warpgroups)
     def _copy() -> None:
-        plgpu.set_max_registers(24 if config.warpgroups == 2 else 32, action="decrease")
+        plgpu.set_max_registers(REGISTERS[config.warpgroups][0], action="decrease")
         kv_head = lax.div(head, jnp.int32(group))
         sources = {"k": [("k", k_ref.at[batch, :, kv_head])], "v": [("v", v_ref.at[batch, :, kv_head])]}
         if "k_segments" in extra:
@@ -365,7 +380,7 @@ def _kernel(
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute() -> None:
-        plgpu.set_max_registers(240 if config.warpgroups == 2 else 160, action="increase")
+        plgpu.set_max_registers(REGISTERS[config.warpgroups][1], action="increase")
         start = block * config.block_q + warpgroup * ROWS
         queries, outputs = (member.at[warpgroup] for member in scratch["queries_outputs"])
         q_full = scratch["q_full"].at[warpgroup]

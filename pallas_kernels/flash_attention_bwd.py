@@ -24,19 +24,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import (
     LAYOUT,
+    REGISTERS,
     ROWS,
     Mask,
     Options,
     TileOrder,
     Walk,
     block_walks,
+    check_blocks,
     check_call,
     copy_blocks,
     drain,
     heads_together,
     pad_edge,
 )
-from pallas_kernels.target import Declined
 
 Array = jax.Array
 
@@ -65,7 +66,8 @@ class Config:
 
 def default_config(head_dim: int, value_dim: int) -> Config:
     """Pick block sizes that registers and shared memory hold."""
-    return Config() if max(head_dim, value_dim) <= 128 else Config(dq_block=64)
+    stages = 2 if head_dim + value_dim <= 448 else 1
+    return Config(dq_block=128 if max(head_dim, value_dim) <= 128 else 64, dq_stages=stages, dkv_stages=stages)
 
 
 def flash_attention_bwd(
@@ -94,14 +96,12 @@ def flash_attention_bwd(
     options = check_call(q_BTNH, k_BSKH, v_BSKU, q_segments_BT, k_segments_BS, causal, window, softcap, scale)
     batch, length, heads, dim = q_BTNH.shape
     _, keys, kv_heads, value_dim = v_BSKU.shape
-    if do_BTNU.shape != (batch, length, heads, value_dim) or not lse_BTN.shape == delta_BTN.shape == (
-        batch,
-        length,
-        heads,
-    ):
+    rows_BTN = (batch, length, heads)
+    if do_BTNU.shape != (*rows_BTN, value_dim) or not lse_BTN.shape == delta_BTN.shape == rows_BTN:
         raise ValueError(f"do {do_BTNU.shape}, lse {lse_BTN.shape}, delta {delta_BTN.shape} must be [B, T, N, (U)]")
     config = config or default_config(dim, value_dim)
-    _check_memory(config, dim, value_dim)
+    for block, stages in ((config.dq_block, config.dq_stages), (config.dkv_block, config.dkv_stages)):
+        check_blocks(config, block, 2 * config.block * (dim + value_dim), stages * (2 * (dim + value_dim) + 12))
     rows = math.lcm(config.block, config.dkv_block)
     shift_BNT, delta_BNT = _row_statistics(lse_BTN, delta_BTN, options, -length % rows)
     offset_1 = jnp.asarray(0 if offset is None else offset, jnp.int32).reshape(1)
@@ -148,19 +148,6 @@ class _Call:
         )
 
 
-def _check_memory(config: Config, dim: int, value_dim: int) -> None:
-    for name, block, stages in (
-        ("dq", config.dq_block, config.dq_stages),
-        ("dk, dv", config.dkv_block, config.dkv_stages),
-    ):
-        need = 2 * (dim + value_dim) * (config.block + stages * block) + 12 * stages * block
-        if need + 512 > mosaic.SMEM_LIMIT:
-            raise Declined(
-                f"{config} needs {need} bytes of shared memory for {name} (limit {mosaic.SMEM_LIMIT}); "
-                "use smaller blocks"
-            )
-
-
 def _row_statistics(lse_BTN: Array, delta_BTN: Array, options: Options, pad: int) -> tuple[Array, Array]:
     """Give where the sums of q k and of do v begin, [B, N, T + pad]: minus lse, in the units of scores, minus delta.
 
@@ -191,7 +178,7 @@ def _dq(call: _Call, inputs: tuple[Array, ...], extra: dict[str, Array]) -> Arra
     }
     if segments:
         scratch["ids"] = plgpu.SMEM((config.dq_stages, config.dq_block), jnp.int32)
-    return plgpu.kernel(
+    return mosaic.kernel(
         functools.partial(_dq_kernel, names=tuple(extra), call=call, order=order),
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
         scratch_types=scratch,
@@ -229,7 +216,7 @@ def _dq_kernel(
 
     @pl.when(warpgroup == config.warpgroups)
     def _copy() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(REGISTERS[config.warpgroups][0], action="decrease")
         kv_head = lax.div(head, jnp.int32(call.group))
         sources = {"k": [("k", k_ref.at[batch, :, kv_head])], "v": [("v", v_ref.at[batch, :, kv_head])]}
         if "k_segments" in extra:
@@ -238,7 +225,7 @@ def _dq_kernel(
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(REGISTERS[config.warpgroups][1], action="increase")
         start = block * config.block + warpgroup * ROWS
         mine = (batch, pl.ds(start, ROWS), head)
         q, do, full = (scratch[name].at[warpgroup] for name in ("q", "do", "rows_full"))
@@ -309,7 +296,7 @@ def _dkv(call: _Call, inputs: tuple[Array, ...], extra: dict[str, Array], wanted
     if segments:
         scratch["ids"] = plgpu.SMEM((config.dkv_stages, config.dkv_block), jnp.int32)
     outputs = {"dk": jax.ShapeDtypeStruct(k.shape, dtype), "dv": jax.ShapeDtypeStruct(v.shape, dtype)}
-    return plgpu.kernel(
+    return mosaic.kernel(
         functools.partial(_dkv_kernel, names=tuple(extra), wanted=wanted, call=call, order=order),
         out_type=[outputs[name] for name in wanted],
         scratch_types=scratch,
@@ -348,7 +335,7 @@ def _dkv_kernel(
 
     @pl.when(warpgroup == config.warpgroups)
     def _copy() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(REGISTERS[config.warpgroups][0], action="decrease")
 
         @pl.loop(0, call.group * walk.steps)
         def _step(i: Array) -> None:
@@ -370,7 +357,7 @@ def _dkv_kernel(
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(REGISTERS[config.warpgroups][1], action="increase")
         start = block * config.block + warpgroup * ROWS
         mine = (batch, pl.ds(start, ROWS), kv_head)
         k, v, full = (scratch[name].at[warpgroup] for name in ("k", "v", "rows_full"))

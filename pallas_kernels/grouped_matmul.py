@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.grouped_tiles import (
     WIDTH,
     Config,
@@ -171,6 +172,8 @@ def multiply(
     width = rights[0][0].shape[1 if transpose_w else 2]
     config = config or default_config(num_rows, num_experts, width, parts)
     check_groups(lefts[0], group_sizes_E, num_experts)
+    if config.columns % (WIDTH * parts):
+        raise Declined(f"Config.columns ({config.columns}) must be a multiple of {WIDTH * parts} for {parts} weights")
     wide = config.columns // parts
     x_rows = max(config.rows, WIDTH)
     part = (config.stages, wide, WIDTH) if transpose_w else (config.stages, WIDTH, wide)
@@ -182,7 +185,7 @@ def multiply(
     tiles_T3, count_1 = tile_map(group_sizes_E, num_rows, config.rows)
     config = config.for_tiles(len(tiles_T3) * pl.cdiv(width, wide * config.cluster))
     outs = epilogue.outs(num_rows, width)
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         _Kernel(shape, config, epilogue, len(ins), len(outs)),
         out_type=outs,
         scratch_types=[*ring_barriers(config, 1 + parts), *scratch, *fixed],

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.grouped_tiles import (
     WIDTH,
     Config,
@@ -69,7 +70,7 @@ def grouped_matmul_dw(x_RD: Array, dy_RF: Array, group_sizes_E: Array, *, config
     )
     end_E = group_ends(group_sizes_E, num_rows)
     bounds_E2 = jnp.stack([jnp.concatenate([jnp.zeros((1,), jnp.int32), end_E[:-1]]), end_E], axis=1)
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         _Kernel(num_experts, depth, width, config),
         out_type=jax.ShapeDtypeStruct((num_experts, depth, width), jnp.bfloat16),
         scratch_types=[

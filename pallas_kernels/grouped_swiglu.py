@@ -20,6 +20,7 @@ from pallas_kernels.grouped_matmul import Place, multiply, slabs, staging
 from pallas_kernels.grouped_tiles import (
     WIDTH,
     Config,
+    cheapest_config,
     check_operands,
     default_config,
     most_stages,
@@ -74,10 +75,11 @@ def grouped_swiglu_bwd(
 
 
 def gradients_config(num_rows: int, num_experts: int, width: int) -> Config:
-    """Choose grouped_swiglu_bwd's cut by shapes: its staging leaves room for fewer stages, and its registers none."""
+    """Choose grouped_swiglu_bwd's cut by shapes: its staging leaves room for fewer stages, its registers for 192."""
     config = default_config(num_rows, num_experts, width)
-    cluster = 1 if config.columns == 256 else config.cluster  # a neighbour's barriers spill four registers
-    return replace(config, cluster=cluster, stages=most_stages(config.rows, config.columns, slabs=5))
+    if config.columns == 256:
+        config = cheapest_config(width, most=192)
+    return replace(config, stages=most_stages(config.rows, config.columns, slabs=5))
 
 
 def _sigmoid(x: Array) -> Array:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.mosaic import matrix, run_state, wgmma
 from pallas_kernels.paged_attention import (
     ROWS,
@@ -125,7 +126,7 @@ def _attend(call: Call, q: Array, latent: Array, tables: Array, lengths: Array, 
     tile_rows, half = min(call.rows, ROWS), call.tile // WARPGROUPS
     out_dtype = call.dtype if call.direct else jnp.float32
     out_shape = (call.batch, 1, call.num_splits, call.rows, call.value_dim)
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         functools.partial(_kernel, call, tile_rows),
         out_type=(jax.ShapeDtypeStruct(out_shape, out_dtype), jax.ShapeDtypeStruct(out_shape[:-1], jnp.float32)),
         scratch_types=[

@@ -256,7 +256,7 @@ def _launch(call: _Pass, inputs: dict[str, Array]) -> tuple[Array | None, Array]
     """Run every span from its state; give the outputs (None without queries) and the states after the spans."""
     v, start = inputs["v"], inputs["start"]
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ([v, start] if call.attend else [start])]
-    out = plgpu.kernel(
+    out = mosaic.kernel(
         functools.partial(_block, call),
         out_type=outs,
         grid=(v.shape[-1] // call.loaded, start.shape[1], start.shape[0]),

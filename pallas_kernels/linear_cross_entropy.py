@@ -74,7 +74,7 @@ def linear_cross_entropy_statistics(
     if num_rows % 8:  # the copy engine wants whole tiles of 8 rows
         x_MD = jnp.pad(x_MD, ((0, -num_rows % 8), (0, 0)))
     tile = (config.columns, DEPTH)[:: -1 if vocab_dim else 1]
-    (statistics_V3M,) = plgpu.kernel(
+    (statistics_V3M,) = mosaic.kernel(
         partial(_block, config, vocab_dim, softcap),
         out_type=[jax.ShapeDtypeStruct((num_v, 3, padded), jnp.float32)],
         scratch_types=[

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import jaxpr_as_fun
 
 Array = jax.Array
 
@@ -19,6 +20,23 @@ SMEM_LIMIT = 232_448
 """Bytes of shared memory that one block may have (Hopper)."""
 NUM_SMS = 132
 """Multiprocessors of an H100 or H200 (SXM): the blocks of a persistent grid."""
+
+
+def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """Make a Mosaic kernel as `plgpu.kernel` does, one that may be called inside the manual SPMD program.
+
+    There every array carries the mesh axes that it varies on, and a kernel's loops and conditions would have to mix
+    such values with constants that vary on none. It is traced on its own, by shapes, and then called; its results
+    vary on no axis, until the caller says otherwise.
+    """
+    launch = plgpu.kernel(body, **options)
+
+    def call(*operands: Array) -> Any:
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+        traced, results = jax.make_jaxpr(launch, return_shape=True)(*shapes)
+        return jax.tree.unflatten(jax.tree.structure(results), jaxpr_as_fun(traced)(*operands))
+
+    return call
 
 
 def interpreting() -> bool:
@@ -75,7 +93,7 @@ def with_accumulators(body: Callable[..., Any], *starts: Array | tuple[int, int]
 
     Products may be in flight while `body` works on values (`read`); none may be left in flight when it returns.
     """
-    shapes = [start if isinstance(start, tuple) else start.shape for start in starts]
+    shapes: list[Any] = [start if isinstance(start, tuple) else start.shape for start in starts]
     values = [(i, start) for i, start in enumerate(starts) if not isinstance(start, tuple)]
 
     def run(*accumulators: Any) -> Any:

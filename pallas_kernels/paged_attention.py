@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.mosaic import LOG2E, matrix, run_state, wgmma
 from pallas_kernels.target import Declined
 
@@ -216,7 +217,7 @@ def _attend(
     copies = max(1, call.tile // call.page)
     barriers = [plgpu.Barrier()] + [plgpu.Barrier(num_arrivals=copies, num_barriers=call.stages)] * 2
     sinks = [] if sinks_N is None or not call.direct else [_row_sinks(call, sinks_N)]
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         functools.partial(_attend_kernel, call, tile_rows, bool(sinks)),
         out_type=(jax.ShapeDtypeStruct(out_shape, out_dtype), jax.ShapeDtypeStruct(out_shape[:-1], jnp.float32)),
         scratch_types=[
@@ -501,7 +502,7 @@ def _merge_level(
     width = level.together * dim
     o = o.reshape(batch, kv_heads, splits, rows // level.together, width)
     sinks = [] if sinks_N is None else [sinks_N]
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         functools.partial(_merge_kernel, level, (batch, kv_heads, splits, vectors), bool(sinks)),
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, groups, vectors, width), level.dtype),

@@ -63,7 +63,7 @@ def rms_norm_bwd(
     lines = (dim // LINE, LINE)
     rows = jax.ShapeDtypeStruct((num_rows, *lines), jnp.bfloat16)
     parts = jax.ShapeDtypeStruct((config.num_blocks, *lines), jnp.float32)
-    dx_MCL, dscale_BCL = plgpu.kernel(
+    dx_MCL, dscale_BCL = mosaic.kernel(
         partial(_block, config, eps, len(arrays)),
         out_type=[rows, parts],
         scratch_types=[

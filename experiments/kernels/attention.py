@@ -167,7 +167,8 @@ def _attention_mgpu(shape: Shape, q: jax.Array, k: jax.Array, v: jax.Array) -> j
 
     config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=shape.causal)
     q, k, v = (x.astype(jnp.float16) for x in (q * shape.dim**-0.5, k, v))
-    return attention_mgpu.attention(q, k, v, config).astype(jnp.bfloat16)
+    o: Any = attention_mgpu.attention(q, k, v, config)
+    return o.astype(jnp.bfloat16)
 
 
 def _in_torch(backward: bool, attend: Callable[..., Any], q: Any, k: Any, v: Any, *rest: Any) -> Any:

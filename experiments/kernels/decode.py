@@ -126,7 +126,6 @@ def _paged(shape: Shape, window: int | None = None, sinks: bool = False, **kwarg
         bytes=4.0 * sum(seen) * shape.kv_heads * shape.dim + _query_bytes(shape, 2 * shape.dim),
         torch_ways=torch_ways,
         target=_target(shape),
-        matmul=shape.queries > 8,  # the merge, a kernel of its own in the other rows, multiplies nothing
         **kwargs,
     )
 
@@ -146,7 +145,6 @@ def _latent(shape: Shape, value_dim: int, **kwargs: Any) -> Case:
         flops=2.0 * _pairs(shape, None) * shape.heads * (shape.dim + value_dim),
         bytes=2.0 * sum(shape.lengths) * shape.dim + _query_bytes(shape, shape.dim + value_dim),
         target=">= 90 % of read bandwidth or 600 TFLOP/s",
-        matmul=False,  # of the merge
         **kwargs,
     )
 

@@ -14,9 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.compat import vary_like
-from moejax.ops.backend import choose
-from pallas_kernels import latent_attention as latent_kernel
-from pallas_kernels import paged_attention as paged_kernel
+from moejax.ops.backend import call, choose
 from pallas_kernels.target import Target
 
 XLA_SPLIT = 1024
@@ -165,8 +163,14 @@ def paged_attention(
 
     By the kernel a query's result has the same bits whatever else is in the batch and however long the table is.
     """
+
+    def mosaic(*args: Array, **options: Any) -> Array:
+        from pallas_kernels import paged_attention as kernels  # Mosaic takes long to import
+
+        return call(kernels.paged_attention, *args, **options)
+
     ways = {
-        "mosaic": paged_kernel.paged_attention,
+        "mosaic": mosaic,
         "xla": paged_attention_xla,
         "reference": paged_attention_reference,
     }
@@ -224,8 +228,14 @@ def latent_attention(
     implementation: str = "auto",
 ) -> Float[Array, "B T N {value_dim}"]:
     """Attend to cached latents (DeepSeek's absorbed decode), by "mosaic" (Hopper), "xla" or "reference"."""
+
+    def mosaic(*args: Array, **options: Any) -> Array:
+        from pallas_kernels import latent_attention as kernels
+
+        return call(kernels.latent_attention, *args, **options)
+
     ways = {
-        "mosaic": latent_kernel.latent_attention,
+        "mosaic": mosaic,
         "xla": latent_attention_xla,
         "reference": latent_attention_reference,
     }

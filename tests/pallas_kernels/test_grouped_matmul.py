@@ -249,6 +249,8 @@ def test_what_the_kernels_cannot_take_is_declined_with_the_reason():
         grouped_matmul(x[:0], w, sizes)
     with pytest.raises(Declined, match=r"bytes of shared memory.*fewer stages"):
         grouped_matmul(x, w, sizes, config=Config(stages=6))
+    with pytest.raises(Declined, match=r"Config.columns \(64\) must be a multiple of 128 for 2 weights"):
+        grouped_swiglu(x, w, w, sizes, config=Config(columns=64))
     with pytest.raises(Declined, match=r"x .* and dy .* equal rows"):
         grouped_matmul_dw(x, x[:4], sizes)
     with pytest.raises(Declined, match=r"gate .* must be"):

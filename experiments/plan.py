@@ -238,7 +238,8 @@ def compile_ahead(config: Any, number: int, chip: "Chip", best: Ranked) -> dict[
     print(f"compiling for {number} x H200 (minutes) ...", flush=True)
     began, train = time.perf_counter(), config.train
     lowered, parts = lower_train_step(config, h200_devices(number, chip))
-    compiled, plan = lowered.compile(), parts.plan
+    compiled: Any = lowered.compile()
+    plan = parts.plan
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
     total, predicted = memory.argument_size_in_bytes + memory.temp_size_in_bytes, best.candidate.memory.total
     print(

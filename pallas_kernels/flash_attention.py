@@ -114,15 +114,21 @@ def flash_attention(
         extra["k_segments"] = pad_edge(k_segments_BS, config.block_kv)
     if sinks_N is not None:
         extra["sinks"] = sinks_N.astype(jnp.float32)
-    o_BTNU, lse_BNT = _launch(options, config, (q_BTNH, k_BSKH, v_BSKU), extra)
-    return o_BTNU, lse_BNT[:, :, :length].swapaxes(1, 2)
+    o_BTNU, lse_BNT = _launch(options, config, [whole_tiles(x) for x in (q_BTNH, k_BSKH, v_BSKU)], keys, extra)
+    return o_BTNU[:, :length], lse_BNT[:, :, :length].swapaxes(1, 2)
 
 
-def _launch(options: Options, config: Config, inputs: tuple[Array, ...], extra: dict[str, Array]) -> list[Array]:
+def whole_tiles(x: Array) -> Array:
+    """Lengthen a sequence [B, T, ...] to a multiple of 8: Mosaic's copies take rows in eights. Mostly it is one."""
+    extra = -x.shape[1] % 8
+    return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
+
+
+def _launch(options: Options, config: Config, inputs: list[Array], keys: int, extra: dict[str, Array]) -> list[Array]:
     """Run the kernel; its lse is [B, N, whole blocks]: rows of a copy must begin at 16 bytes."""
     (q, _, v), dtype = inputs, inputs[0].dtype
     batch, length, heads, dim = q.shape
-    _, keys, kv_heads, value_dim = v.shape
+    kv_heads, value_dim = v.shape[2:]
     rows = 2 * config.block_q * max(dim, value_dim) + 4 * config.block_q
     check_blocks(config, config.block_kv, rows, config.stages * (2 * (dim + value_dim) + 4))
     num_blocks = pl.cdiv(length, config.block_q)
@@ -167,8 +173,8 @@ def check_call(
         )
     if heads % kv_heads:
         raise ValueError(f"heads ({heads}) must divide by kv_heads ({kv_heads})")
-    if dim % 64 or value_dim % 64 or not 64 <= dim <= 256 or not 64 <= value_dim <= 256:
-        raise Declined(f"head dims ({dim}, {value_dim}) must be multiples of 64 up to 256; pad them or use blockwise")
+    if not {dim, value_dim} <= {64, 128, 192}:  # 256: the backward spills
+        raise Declined(f"head dims ({dim}, {value_dim}) must be multiples of 64 up to 192; pad them or use blockwise")
     if not length or not keys:
         raise Declined(f"queries ({length}) and keys ({keys}) must be at least 1; use blockwise")
     if window is not None and (not causal or window < 1):
@@ -305,10 +311,10 @@ class Mask:
     def __call__(self, s: Array, column_start: Array, ids_ref: Any, transposed: bool = False) -> Array:
         """Set to -inf what may not be seen of a tile; `ids_ref` holds its columns' segments in shared memory."""
         options = self.options
-        row_index = self.start - self.offset if transposed else self.start + self.offset
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1)) + row_index
         columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=LAYOUT)
         if options.causal:
+            row_index = self.start - self.offset if transposed else self.start + self.offset
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1)) + row_index
             bound = along(row, 0, s)
             seen = columns + column_start >= bound if transposed else columns + column_start <= bound
             s = jnp.where(seen, s, -jnp.inf)

@@ -37,6 +37,7 @@ from pallas_kernels.flash_attention import (
     drain,
     heads_together,
     pad_edge,
+    whole_tiles,
 )
 
 Array = jax.Array
@@ -66,8 +67,7 @@ class Config:
 
 def default_config(head_dim: int, value_dim: int) -> Config:
     """Pick block sizes that registers and shared memory hold."""
-    stages = 2 if head_dim + value_dim <= 448 else 1
-    return Config(dq_block=128 if max(head_dim, value_dim) <= 128 else 64, dq_stages=stages, dkv_stages=stages)
+    return Config(dq_block=128 if max(head_dim, value_dim) <= 128 else 64)
 
 
 def flash_attention_bwd(
@@ -110,14 +110,15 @@ def flash_attention_bwd(
     if q_segments_BT is not None and k_segments_BS is not None:
         extra["q_segments"] = pad_edge(q_segments_BT, rows)
         extra["k_segments"] = pad_edge(k_segments_BS, math.lcm(config.block, config.dq_block))
-    inputs = (q_BTNH, k_BSKH, v_BSKU, do_BTNU.astype(q_BTNH.dtype), shift_BNT, delta_BNT)
+    tensors = (whole_tiles(x) for x in (q_BTNH, k_BSKH, v_BSKU, do_BTNU.astype(q_BTNH.dtype)))
+    inputs = (*tensors, shift_BNT, delta_BNT)
     ids = (q_segments_BT, k_segments_BS)
     dq_BTNH = _dq(call, inputs, {**extra, "walks": call.walks((config.block, config.dq_block), offset_1[0], ids)})
     walks = call.walks((config.dkv_block, config.block), offset_1[0], ids, transposed=True)
     dkv = functools.partial(_dkv, call, inputs, {**extra, "walks": walks})
     parts = (("dk", "dv"),) if dim + value_dim <= WIDEST else (("dk",), ("dv",))
     dk_BSKH, dv_BSKU = (gradient for names in parts for gradient in dkv(names))
-    return dq_BTNH, dk_BSKH, dv_BSKU
+    return dq_BTNH[:, :length], dk_BSKH[:, :keys], dv_BSKU[:, :keys]
 
 
 @dataclasses.dataclass(frozen=True)

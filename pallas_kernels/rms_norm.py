@@ -45,6 +45,17 @@ class Config:
         raise Declined(f'RMSNorm backward: D ({dim}) must fit in shared memory; use "xla"')
 
 
+def check(x: Array, scale_D: Array) -> None:
+    """Raise Declined for what the kernel cannot take: x [..., D]."""
+    dim = x.shape[-1]
+    if x.dtype != jnp.bfloat16 or scale_D.dtype != jnp.bfloat16:
+        raise Declined(f'RMSNorm backward: dtypes {x.dtype}, {scale_D.dtype} must be bfloat16; use "xla"')
+    if dim % CHUNK or dim > 8192:
+        raise Declined(f'RMSNorm backward: D ({dim}) must be a multiple of {CHUNK} up to 8192; use "xla"')
+    if not x.size:
+        raise Declined(f'RMSNorm backward: x {x.shape} must have rows; use "xla"')
+
+
 def rms_norm_bwd(
     x_MD: Array, scale_D: Array, dy_MD: Array, eps: float, dz_MD: Array | None = None, config: Config | None = None
 ) -> tuple[Array, Array]:
@@ -53,11 +64,9 @@ def rms_norm_bwd(
     Raises Declined for what is not bfloat16 or rows that are not whole chunks.
     """
     arrays = [x_MD, dy_MD, *([] if dz_MD is None else [dz_MD])]
+    for x in arrays:
+        check(x, scale_D)
     num_rows, dim = x_MD.shape
-    if any(x.dtype != jnp.bfloat16 for x in (*arrays, scale_D)):
-        raise Declined(f'RMSNorm backward: dtypes {x_MD.dtype}, {scale_D.dtype} must be bfloat16; use "xla"')
-    if dim % CHUNK or dim > 8192:
-        raise Declined(f'RMSNorm backward: D ({dim}) must be a multiple of {CHUNK} up to 8192; use "xla"')
     config = config or Config.of(dim, len(arrays))
     config = replace(config, num_blocks=min(config.num_blocks, num_rows))
     lines = (dim // LINE, LINE)

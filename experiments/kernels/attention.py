@@ -73,7 +73,13 @@ def cases(dry: bool = False) -> list[Case]:
                     shape = Shape(length, heads, kv_heads, dim, dim, causal)
                     new_code = length == 4096 and (heads == 16 or causal) and (dim == 128 or causal)
                     found += [_case(shape, backward, compiled=new_code) for backward in (False, True)]
-    for shape in (Shape(4096, dim=192), Shape(4096, 64, 8, documents=6, window=1024), Shape(4096, documents=6)):
+    beside = (
+        Shape(4096, dim=192),
+        Shape(4096, 64, 8, documents=6, window=1024),
+        Shape(4096, documents=6),
+        Shape(4001, causal=False),
+    )
+    for shape in beside:
         found += [_case(shape, backward) for backward in (False, True)]
     return found
 

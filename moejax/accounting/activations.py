@@ -16,6 +16,7 @@ from moejax.config.run import TrainConfig
 from moejax.models import FAMILIES
 from moejax.moe.router import num_slots
 from moejax.ops.blockwise_attention import BLOCK, LONG, LONG_BLOCK
+from moejax.ops.cross_entropy import logits_block
 from moejax.parallel.exchange import quota
 from moejax.parallel.plan import MeshPlan
 
@@ -158,8 +159,9 @@ class LayerMemory:
         return (rows + hidden + shared) * self.width
 
     def loss(self) -> float:
-        """The logits and their gradient, for each expert of a competitive mixture in turn."""
-        return 2 * self.tokens * self.config.vocab / self.plan.size("tensor") * self.wide
+        """The logits and their gradient, for each expert of a competitive mixture in turn; many: a block of them."""
+        vocab = self.config.vocab // self.plan.size("tensor")
+        return 2 * self.tokens * logits_block(int(self.tokens), vocab, self.wide) * self.wide
 
     # --- sizes
 

@@ -12,6 +12,7 @@ from moejax.accounting.traced import matmul_flops
 from moejax.config.run import TrainConfig
 from moejax.models import ModelParts
 from moejax.moe.router import num_slots
+from moejax.ops.cross_entropy import logits_block
 from moejax.parallel.plan import MeshPlan
 
 BYTES_LIMIT, FLOPS_LIMIT = 1.05, 1.1
@@ -108,6 +109,10 @@ def expected_flops(parts: ModelParts, train: TrainConfig) -> dict[str, float]:
     terms = {"model": 3 * cost.forward_flops * local, "scores again": scores / 2 * local}
     again = (config.remat != "none") + (plan.size("pipeline") > 1)
     terms["recompute"] = again * layers * local + (heads > 1) * head * local
+    rows = tokens // train.microbatches // plan.degree("batch", "seq")
+    vocab = config.vocab // plan.size("tensor")
+    if logits_block(rows, vocab, max(width(config.precision.compute), 4)) < vocab:
+        terms["logits again"] = head * local
     terms["head on its stage"] = 3 * head * local * (plan.size("pipeline") - 1)
     whole = (plan.size("tensor") - 1) * (3 + again) * local
     if plan.config.replicate_kv:

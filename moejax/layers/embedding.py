@@ -39,8 +39,15 @@ class Head(nnx.Module):
         self.plan, self.dtype = plan, precision.compute
         self.wide = precision.accumulate
 
+    def matrix(self, embedding: Embedding) -> tuple[Array, int]:
+        """Give the local part of the matrix, and its dim of the vocabulary: 0 for a table of embeddings."""
+        if self.weight is None:
+            return read(embedding.table, self.dtype), 0
+        return read(self.weight, self.dtype), 1
+
     def __call__(self, x_BTD: Float[Array, "*B D"], embedding: Embedding) -> Float[Array, "*B v"]:
         """Give the local columns of the logits, in the accumulate dtype; x has entered tensor already."""
-        w_Dv = read(embedding.table, self.dtype).T if self.weight is None else read(self.weight, self.dtype)
+        w, vocab_dim = self.matrix(embedding)
+        w_Dv = w if vocab_dim else w.T
         wide = jnp.promote_types(self.dtype, self.wide)
         return jnp.einsum("...D,DV->...V", x_BTD, w_Dv, preferred_element_type=wide)

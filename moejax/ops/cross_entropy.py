@@ -51,13 +51,13 @@ def mixture_cross_entropy(log_gate_EM: Float[Array, "E M"], loss_EM: Float[Array
 class _How(NamedTuple):
     """What of a linear cross-entropy is no array."""
 
+    way: str
     sum_over: Reduce
     max_over: Reduce
     block: int
     """tokens of the vocabulary taken at a time"""
     vocab_dim: int
     softcap: float | None
-    implementation: str
 
 
 def linear_cross_entropy(
@@ -79,18 +79,34 @@ def linear_cross_entropy(
     not of tokens, so that w is read once and its gradient written once, never summed up. `vocab_dim` is w's dim of the
     vocabulary: 0 for a table of embeddings (transposed, it would be copied). `softcap` bends the logits to
     cap * tanh(logits / cap) (arXiv 2408.00118). "mosaic", on Hopper, writes no logit in the forward pass; the backward
-    pass is XLA's. Raises ValueError for an implementation that is not "auto", "mosaic" or "xla".
+    pass is XLA's; "reference" holds all logits, and so does "auto" where one block would: computing them again costs
+    more than reading them. Raises ValueError for another implementation.
     """
-    wide = jnp.promote_types(x_MD.dtype, jnp.float32)
-    if block is None:
-        fitting = BLOCK_BYTES // (x_MD.shape[0] * wide.itemsize) // 128 * 128
-        block = max(fitting, 1024)
-    how = _How(sum_over, max_over, min(block, w.shape[vocab_dim]), vocab_dim, softcap, implementation)
-    return _linear_cross_entropy(how, *to_common_axes(x_MD, w, targets_M, jnp.asarray(first, targets_M.dtype)))
+    vocab = w.shape[vocab_dim]
+    block = block or logits_block(x_MD.shape[0], vocab, jnp.promote_types(x_MD.dtype, jnp.float32).itemsize)
+
+    def blockwise(way: str) -> Callable[..., Array]:
+        how = _How(way, sum_over, max_over, min(block, vocab), vocab_dim, softcap)
+        return functools.partial(_linear_cross_entropy, how)
+
+    def reference(x_MD: Array, w: Array, targets_M: Array, first: Array) -> Array:
+        logits_MV, _ = _logits(_How("reference", sum_over, max_over, vocab, vocab_dim, softcap), x_MD, w, 0, vocab)
+        return cross_entropy(logits_MV, targets_M, first, sum_over, max_over)
+
+    def order(chip: Target) -> tuple[str, ...]:
+        if block >= vocab:
+            return ("reference",)
+        return ("mosaic", "xla") if chip.is_hopper else ("xla",)
+
+    ways = {"mosaic": blockwise("mosaic"), "xla": blockwise("xla"), "reference": reference}
+    arrays = to_common_axes(x_MD, w, targets_M, jnp.asarray(first, targets_M.dtype))
+    return choose("linear cross-entropy", implementation, ways, order, *arrays)
 
 
-def _order(chip: Target) -> tuple[str, ...]:
-    return ("mosaic", "xla") if chip.is_hopper else ("xla",)
+def logits_block(num_tokens: int, vocab: int, width: int) -> int:
+    """Give how much of the vocabulary is taken at a time: all of it where its logits, `width` bytes each, are few."""
+    fitting = BLOCK_BYTES // (num_tokens * width)
+    return vocab if fitting >= vocab else max(fitting // 128 * 128, 1024)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,9 +115,8 @@ def _linear_cross_entropy(how: _How, x_MD: Array, w: Array, targets_M: Array, fi
 
 
 def _linear_cross_entropy_fwd(how: _How, x_MD: Array, w: Array, targets_M: Array, first: Array) -> tuple:
-    ways = {"mosaic": functools.partial(_mosaic, how), "xla": functools.partial(_statistics, how)}
-    name = "linear_cross_entropy"
-    max_M, total_M, target_M = choose(name, how.implementation, ways, _order, x_MD, w, targets_M - first)
+    statistics = _mosaic if how.way == "mosaic" else _statistics
+    max_M, total_M, target_M = statistics(how, x_MD, w, targets_M - first)
     highest_M = how.max_over(max_M)
     lse_M = jnp.log(how.sum_over(total_M * jnp.exp(max_M - highest_M))) + highest_M
     return lse_M - how.sum_over(target_M), (x_MD, w, targets_M, first, lse_M)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.models.decoder import Decoder, Output
 from moejax.moe.stats import RouterStats
-from moejax.ops.cross_entropy import cross_entropy, mixture_cross_entropy
+from moejax.ops.cross_entropy import linear_cross_entropy, mixture_cross_entropy
 from moejax.parallel.plan import MeshPlan
 
 
@@ -25,11 +25,13 @@ def token_losses(model: Decoder, output: Output, targets_BT: Int[Array, "B T"]) 
 
 def _cross_entropy(model: Decoder, x_BTD: Array, targets_M: Array) -> Array:
     plan = model.plan
-    logits_Mv = model.head(x_BTD.reshape(-1, x_BTD.shape[-1]), model.embedding)
-    return cross_entropy(
-        logits_Mv,
+    w, vocab_dim = model.head.matrix(model.embedding)
+    return linear_cross_entropy(
+        x_BTD.reshape(-1, x_BTD.shape[-1]),
+        w,
         targets_M,
-        plan.index("vocab") * logits_Mv.shape[-1],
+        plan.index("vocab") * w.shape[vocab_dim],
+        vocab_dim=vocab_dim,
         sum_over=lambda x: plan.sum_over(x, "vocab"),
         max_over=lambda x: plan.max_over(x, "vocab"),
     )

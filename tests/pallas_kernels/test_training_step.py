@@ -7,14 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.accounting.chips import named_chip
-from moejax.accounting.target import h200_devices, missing_plugins
-from moejax.config.mesh import MeshConfig
 from moejax.config.model import ModelConfig, Precision
 from moejax.config.run import RunConfig, TrainConfig
-from moejax.models import ModelParts
-from moejax.parallel.plan import MeshPlan
-from moejax.train.ahead import lower_train_step
 from moejax.train.proof import Trial, proof_batch, to_numpy
 from tests.conftest import model_config
 

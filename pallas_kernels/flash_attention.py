@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined, target
+from pallas_kernels.tuning import bucket, op_name, tuned
 
 Array = jax.Array
 
@@ -104,7 +105,9 @@ def flash_attention(
     """
     options = check_call(q_BTNH, k_BSKH, v_BSKU, q_segments_BT, k_segments_BS, causal, window, softcap, scale)
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    config = config or default_config(q_BTNH.shape[3], v_BSKU.shape[3])
+    op = op_name("flash_attention", causal=causal, segments=q_segments_BT is not None)
+    default = default_config(q_BTNH.shape[3], v_BSKU.shape[3])
+    config = config or tuned(op, target().kind, bucket(q_BTNH, k_BSKH, v_BSKU), default)
     offset_1 = jnp.asarray(0 if offset is None else offset, jnp.int32).reshape(1)
     blocks = (config.block_q, config.block_kv)
     walks = block_walks((length, keys), blocks, offset_1[0], q_segments_BT, k_segments_BS, options)
@@ -129,8 +132,7 @@ def _launch(options: Options, config: Config, inputs: list[Array], keys: int, ex
     (q, _, v), dtype = inputs, inputs[0].dtype
     batch, length, heads, dim = q.shape
     kv_heads, value_dim = v.shape[2:]
-    rows = 2 * config.block_q * max(dim, value_dim) + 4 * config.block_q
-    check_blocks(config, config.block_kv, rows, config.stages * (2 * (dim + value_dim) + 4))
+    check_config(config, dim, value_dim)
     num_blocks = pl.cdiv(length, config.block_q)
     order = TileOrder(batch, heads, num_blocks, heads_together(keys, kv_heads, heads, dim + value_dim))
     static = {"options": options, "config": config, "order": order, "group": heads // kv_heads, "keys": keys}
@@ -169,22 +171,28 @@ def check_call(
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} must be [B, T, N, H], [B, S, K, H], [B, S, K, U]")
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
         raise Declined(
-            f"dtypes of q, k, v ({q.dtype}, {k.dtype}, {v.dtype}) must be one of bfloat16, float16; use blockwise"
+            f"dtypes of q, k, v ({q.dtype}, {k.dtype}, {v.dtype}) must be one of bfloat16, float16; {INSTEAD}"
         )
     if heads % kv_heads:
         raise ValueError(f"heads ({heads}) must divide by kv_heads ({kv_heads})")
     if not {dim, value_dim} <= {64, 128, 192}:  # 256: the backward spills
-        raise Declined(f"head dims ({dim}, {value_dim}) must be multiples of 64 up to 192; pad them or use blockwise")
+        raise Declined(f"head dims ({dim}, {value_dim}) must be multiples of 64 up to 192; pad them or {INSTEAD}")
     if not length or not keys:
-        raise Declined(f"queries ({length}) and keys ({keys}) must be at least 1; use blockwise")
+        raise Declined(f"queries ({length}) and keys ({keys}) must be at least 1; {INSTEAD}")
     if window is not None and (not causal or window < 1):
-        raise Declined(f"window ({window}) must be at least 1 and causal ({causal}); use blockwise with a mask")
+        raise Declined(f"window ({window}) must be at least 1 and causal ({causal}); {INSTEAD}")
     if (q_segments is None) != (k_segments is None):
         raise ValueError("q_segments_BT and k_segments_BS must both be given, or neither")
     scale = 1.0 / math.sqrt(dim) if scale is None else scale
     if scale <= 0 or (softcap is not None and softcap <= 0):
-        raise Declined(f"scale ({scale}) and softcap ({softcap}) must be above 0; use blockwise")
+        raise Declined(f"scale ({scale}) and softcap ({softcap}) must be above 0; {INSTEAD}")
     return Options(causal, window, softcap, scale)
+
+
+def check_config(config: Config, dim: int, value_dim: int) -> None:
+    """Decline block sizes that the forward kernel cannot have."""
+    rows = 2 * config.block_q * max(dim, value_dim) + 4 * config.block_q
+    check_blocks(config, config.block_kv, rows, config.stages * (2 * (dim + value_dim) + 4))
 
 
 def check_blocks(config: Any, block: int, row_bytes: int, column_bytes: int) -> None:
@@ -312,17 +320,19 @@ class Mask:
         """Set to -inf what may not be seen of a tile; `ids_ref` holds its columns' segments in shared memory."""
         options = self.options
         columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=LAYOUT)
+        ragged = not transposed and self.keys % s.shape[1] != 0
         if options.causal:
             row_index = self.start - self.offset if transposed else self.start + self.offset
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1)) + row_index
-            bound = along(row, 0, s)
-            seen = columns + column_start >= bound if transposed else columns + column_start <= bound
+            last = jnp.minimum(row, self.keys - 1) if ragged else row
+            column = columns + column_start
+            seen = column >= along(row, 0, s) if transposed else column <= along(last, 0, s)
             s = jnp.where(seen, s, -jnp.inf)
             if options.window is not None and transposed:
-                s = jnp.where(columns + (column_start - options.window) < bound, s, -jnp.inf)
+                s = jnp.where(columns + (column_start - options.window) < along(row, 0, s), s, -jnp.inf)
             elif options.window is not None:
-                s = jnp.where(columns + (column_start + options.window) > bound, s, -jnp.inf)
-        if not transposed and self.keys % s.shape[1]:
+                s = jnp.where(columns + (column_start + options.window) > along(row, 0, s), s, -jnp.inf)
+        elif ragged:
             s = jnp.where(columns < self.keys - column_start, s, -jnp.inf)
         if self.segments:
             ids = plgpu.load(ids_ref, layout=LAYOUT.reduce(0))

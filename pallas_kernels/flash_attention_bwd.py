@@ -39,6 +39,8 @@ from pallas_kernels.flash_attention import (
     pad_edge,
     whole_tiles,
 )
+from pallas_kernels.target import target
+from pallas_kernels.tuning import bucket, op_name, tuned
 
 Array = jax.Array
 
@@ -70,6 +72,12 @@ def default_config(head_dim: int, value_dim: int) -> Config:
     return Config(dq_block=128 if max(head_dim, value_dim) <= 128 else 64)
 
 
+def check_config(config: Config, dim: int, value_dim: int) -> None:
+    """Decline block sizes that the kernels cannot have."""
+    for block, stages in ((config.dq_block, config.dq_stages), (config.dkv_block, config.dkv_stages)):
+        check_blocks(config, block, 2 * config.block * (dim + value_dim), stages * (2 * (dim + value_dim) + 12))
+
+
 def flash_attention_bwd(
     q_BTNH: Array,
     k_BSKH: Array,
@@ -99,9 +107,10 @@ def flash_attention_bwd(
     rows_BTN = (batch, length, heads)
     if do_BTNU.shape != (*rows_BTN, value_dim) or not lse_BTN.shape == delta_BTN.shape == rows_BTN:
         raise ValueError(f"do {do_BTNU.shape}, lse {lse_BTN.shape}, delta {delta_BTN.shape} must be [B, T, N, (U)]")
-    config = config or default_config(dim, value_dim)
-    for block, stages in ((config.dq_block, config.dq_stages), (config.dkv_block, config.dkv_stages)):
-        check_blocks(config, block, 2 * config.block * (dim + value_dim), stages * (2 * (dim + value_dim) + 12))
+    op = op_name("flash_attention_bwd", causal=causal, segments=q_segments_BT is not None)
+    operands = bucket(q_BTNH, k_BSKH, v_BSKU)
+    config = config or tuned(op, target().kind, operands, default_config(dim, value_dim))
+    check_config(config, dim, value_dim)
     rows = math.lcm(config.block, config.dkv_block)
     shift_BNT, delta_BNT = _row_statistics(lse_BTN, delta_BTN, options, -length % rows)
     offset_1 = jnp.asarray(0 if offset is None else offset, jnp.int32).reshape(1)

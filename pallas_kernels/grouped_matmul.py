@@ -44,7 +44,8 @@ from pallas_kernels.grouped_tiles import (
     tile_map,
 )
 from pallas_kernels.mosaic import matrix
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined, target
+from pallas_kernels.tuning import bucket, op_name, tuned
 
 Array = jax.Array
 
@@ -57,7 +58,15 @@ def grouped_matmul(
     transpose_w: the weights are w_EFD, contracted in their last dim (the gradient of x). Raises Declined.
     """
     check_operands(x_RD, [w_EDF], group_sizes_E, 2 if transpose_w else 1)
+    op = op_name("grouped_matmul", transpose_w=transpose_w)
+    width = w_EDF.shape[1 if transpose_w else 2]
+    config = config or tuned_config(op, default_config(x_RD.shape[0], w_EDF.shape[0], width), x_RD, w_EDF)
     return multiply([x_RD], [[w_EDF]], group_sizes_E, StoreProduct(), config, transpose_w=transpose_w)[0]
+
+
+def tuned_config(op: str, default: Config, x_RD: Array, w_EDF: Array) -> Config:
+    """Look up a cut by the rows and the weights that they meet."""
+    return tuned(op, target().kind, bucket(x_RD, w_EDF), default)
 
 
 def grouped_matmul_pair(
@@ -75,7 +84,9 @@ def grouped_matmul_pair(
     """
     check_operands(a_RF, [wa_EDF, wb_EDF], group_sizes_E, 2)
     if b_RF.shape != a_RF.shape or b_RF.dtype != a_RF.dtype:
-        raise Declined(f"b ({b_RF.dtype}{b_RF.shape}) must be like a ({a_RF.dtype}{a_RF.shape})")
+        raise Declined(f"b ({b_RF.dtype}{b_RF.shape}) must be like a ({a_RF.dtype}{a_RF.shape}); {INSTEAD}")
+    default = default_config(a_RF.shape[0], wa_EDF.shape[0], wa_EDF.shape[1])
+    config = config or tuned_config("grouped_matmul_pair", default, a_RF, wa_EDF)
     return multiply([a_RF, b_RF], [[wa_EDF], [wb_EDF]], group_sizes_E, StoreProduct(), config, transpose_w=True)[0]
 
 
@@ -158,7 +169,7 @@ def multiply(
     rights: Sequence[Sequence[Array]],
     group_sizes_E: Array,
     epilogue: Epilogue,
-    config: Config | None = None,
+    config: Config,
     *,
     ins: Sequence[Array] = (),
     transpose_w: bool = False,
@@ -170,17 +181,14 @@ def multiply(
     num_rows, depth = lefts[0].shape
     num_experts, parts = rights[0][0].shape[0], len(rights[0])
     width = rights[0][0].shape[1 if transpose_w else 2]
-    config = config or default_config(num_rows, num_experts, width, parts)
     check_groups(lefts[0], group_sizes_E, num_experts)
-    if config.columns % (WIDTH * parts):
-        raise Declined(f"Config.columns ({config.columns}) must be a multiple of {WIDTH * parts} for {parts} weights")
+    check_cut(config, parts, epilogue)
     wide = config.columns // parts
     x_rows = max(config.rows, WIDTH)
     part = (config.stages, wide, WIDTH) if transpose_w else (config.stages, WIDTH, wide)
     scratch = [MatrixOfRows.memory(config.stages, x_rows, jnp.bfloat16)]
     scratch += [matrix(part, jnp.bfloat16)] * parts
     fixed = epilogue.memory(config)
-    config.check(2 * WIDTH * config.stages * (x_rows + config.columns) + sum(map(_smem_bytes, fixed)))
     shape = _Shape(depth // WIDTH, len(lefts), parts, wide, width, num_experts, transpose_w)
     tiles_T3, count_1 = tile_map(group_sizes_E, num_rows, config.rows)
     config = config.for_tiles(len(tiles_T3) * pl.cdiv(width, wide * config.cluster))
@@ -199,6 +207,14 @@ def multiply(
         **cluster_of(config),
     )
     return tuple(kernel(tiles_T3, count_1, *lefts, *(w for ws in rights for w in ws), *ins))
+
+
+def check_cut(config: Config, parts: int, epilogue: Epilogue) -> None:
+    """Raise Declined for a cut that the kernel cannot make of `parts` weight matrices side by side."""
+    if config.columns % (WIDTH * parts):
+        raise Declined(f"Config.columns ({config.columns}) must be a multiple of {WIDTH * parts} for {parts} weights")
+    ring = 2 * WIDTH * config.stages * (max(config.rows, WIDTH) + config.columns)
+    config.check(ring + sum(map(_smem_bytes, epilogue.memory(config))))
 
 
 def _smem_bytes(memory: Any) -> int:

@@ -31,7 +31,8 @@ from pallas_kernels.grouped_tiles import (
     ring_barriers,
 )
 from pallas_kernels.mosaic import matrix
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined, target
+from pallas_kernels.tuning import bucket, tuned
 
 Array = jax.Array
 
@@ -47,24 +48,21 @@ def grouped_matmul_dw(x_RD: Array, dy_RF: Array, group_sizes_E: Array, *, config
     """
     if x_RD.dtype != jnp.bfloat16 or dy_RF.dtype != jnp.bfloat16:
         raise Declined(
-            f"dtypes ({x_RD.dtype}, {dy_RF.dtype}) must be bfloat16: wgmma rounds float32 to tf32; "
-            "use implementation='ragged_dot'"
+            f"dtypes ({x_RD.dtype}, {dy_RF.dtype}) must be bfloat16: wgmma rounds float32 to tf32; {INSTEAD}"
         )
     (num_rows, depth), (dy_rows, width) = x_RD.shape, dy_RF.shape
     if dy_rows != num_rows or depth % WIDTH or width % WIDTH:
         raise Declined(
             f"x ({x_RD.shape}) and dy ({dy_RF.shape}) must have equal rows and columns that are multiples of {WIDTH}; "
-            "use implementation='ragged_dot'"
+            f"{INSTEAD}"
         )
     check_groups(x_RD, group_sizes_E, group_sizes_E.shape[0])
     if more := -num_rows % ALIGN:
         x_RD, dy_RF = (jnp.pad(a, ((0, more), (0, 0))) for a in (x_RD, dy_RF))
-    config = config or cheapest_config(width)
+    operands = bucket(x_RD, dy_RF, group_sizes_E)
+    config = config or tuned("grouped_matmul_dw", target().kind, operands, cheapest_config(width))
+    check_cut(config)
     num_experts = group_sizes_E.shape[0]
-    stage = 2 * WIDTH * (config.warpgroups * WIDTH + config.columns)
-    config.check(config.stages * stage + config.warpgroups * 2 * 2 * WIDTH * WIDTH)
-    if config.rows % WIDTH:
-        raise Declined(f"Config.rows ({config.rows}) must be 64 or 128 here: rows of dw")
     config = config.for_tiles(
         num_experts * pl.cdiv(depth, config.rows) * pl.cdiv(width, config.columns * config.cluster)
     )
@@ -88,6 +86,14 @@ def grouped_matmul_dw(x_RD: Array, dy_RF: Array, group_sizes_E: Array, *, config
         **cluster_of(config),
     )
     return kernel(bounds_E2, x_RD, dy_RF)
+
+
+def check_cut(config: Config) -> None:
+    """Raise Declined for a cut that the kernel cannot make."""
+    stage = 2 * WIDTH * (config.warpgroups * WIDTH + config.columns)
+    config.check(config.stages * stage + config.warpgroups * 2 * 2 * WIDTH * WIDTH)
+    if config.rows % WIDTH:
+        raise Declined(f"Config.rows ({config.rows}) must be 64 or 128 here: rows of dw")
 
 
 class _Tile(NamedTuple):

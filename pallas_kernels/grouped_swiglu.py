@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul import Place, multiply, slabs, staging
+from pallas_kernels.grouped_matmul import Place, multiply, slabs, staging, tuned_config
 from pallas_kernels.grouped_tiles import (
     WIDTH,
     Config,
@@ -26,7 +26,8 @@ from pallas_kernels.grouped_tiles import (
     most_stages,
     store_rows,
 )
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined
+from pallas_kernels.tuning import op_name
 
 Array = jax.Array
 
@@ -45,6 +46,8 @@ def grouped_swiglu(
     save: give (hidden_RF, gate_RF, up_RF), what grouped_swiglu_bwd wants. Raises Declined.
     """
     check_operands(x_RD, [gate_EDF, up_EDF], group_sizes_E, 1)
+    default = default_config(x_RD.shape[0], gate_EDF.shape[0], gate_EDF.shape[2], parts=2)
+    config = config or tuned_config(op_name("grouped_swiglu", save=save), default, x_RD, gate_EDF)
     outs = multiply([x_RD], [[gate_EDF, up_EDF]], group_sizes_E, StoreGated(save), config)
     return (outs[0], outs[1], outs[2]) if save else outs[0]
 
@@ -66,8 +69,9 @@ def grouped_swiglu_bwd(
     num_rows, width = dy_RD.shape[0], down_EFD.shape[1]
     for name, a in (("gate", gate_RF), ("up", up_RF)):
         if a.shape != (num_rows, width) or a.dtype != dy_RD.dtype:
-            raise Declined(f"{name} ({a.dtype}{a.shape}) must be {dy_RD.dtype}({num_rows}, {width})")
-    config = config or gradients_config(num_rows, down_EFD.shape[0], width)
+            raise Declined(f"{name} ({a.dtype}{a.shape}) must be {dy_RD.dtype}({num_rows}, {width}); {INSTEAD}")
+    default = gradients_config(num_rows, down_EFD.shape[0], width)
+    config = config or tuned_config("grouped_swiglu_bwd", default, dy_RD, down_EFD)
     dgate, dup, hidden = multiply(
         [dy_RD], [[down_EFD]], group_sizes_E, StoreGradients(), config, ins=(gate_RF, up_RF), transpose_w=True
     )

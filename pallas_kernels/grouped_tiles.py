@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import NUM_SMS, SMEM_LIMIT, interpreting, tiles
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined
 
 Array = jax.Array
 Tile = TypeVar("Tile")
@@ -120,29 +120,27 @@ def check_operands(x_RD: Array, weights: list[Array], group_sizes_E: Array, cont
     """Raise Declined for operands that these kernels do not multiply; `contract` is the weights' contracted dim."""
     if any(a.dtype != jnp.bfloat16 for a in (x_RD, *weights)):
         kinds = ", ".join(str(a.dtype) for a in (x_RD, *weights))
-        raise Declined(
-            f"dtypes ({kinds}) must be bfloat16: wgmma rounds float32 to tf32; use implementation='ragged_dot'"
-        )
+        raise Declined(f"dtypes ({kinds}) must be bfloat16: wgmma rounds float32 to tf32; {INSTEAD}")
     for w in weights:
         if w.shape != weights[0].shape or w.ndim != 3 or w.shape[contract] != x_RD.shape[1]:
             shapes = ", ".join(str(w.shape) for w in weights)
             raise Declined(
-                f"weights ({shapes}) must be alike and contract x's {x_RD.shape[1]} columns in dim {contract}"
+                f"weights ({shapes}) must be alike and contract x's {x_RD.shape[1]} columns in dim {contract}; "
+                f"{INSTEAD}"
             )
         if w.shape[1] % WIDTH or w.shape[2] % WIDTH:
-            raise Declined(
-                f"weights ({w.shape}) must have multiples of {WIDTH} in their last two dims; "
-                "use implementation='ragged_dot'"
-            )
+            raise Declined(f"weights ({w.shape}) must have multiples of {WIDTH} in their last two dims; {INSTEAD}")
     check_groups(x_RD, group_sizes_E, weights[0].shape[0])
 
 
 def check_groups(x_RD: Array, group_sizes_E: Array, num_experts: int) -> None:
     """Raise Declined for no rows, or for group sizes that are not one int32 per expert."""
     if group_sizes_E.shape != (num_experts,) or group_sizes_E.dtype != jnp.int32:
-        raise Declined(f"group_sizes ({group_sizes_E.dtype}{group_sizes_E.shape}) must be int32, one of {num_experts}")
+        raise Declined(
+            f"group_sizes ({group_sizes_E.dtype}{group_sizes_E.shape}) must be int32, one of {num_experts}; {INSTEAD}"
+        )
     if x_RD.shape[0] == 0:
-        raise Declined("rows (0) must be at least 1; the result is empty: make it without a kernel")
+        raise Declined(f"rows (0) must be at least 1; {INSTEAD}")
 
 
 def group_ends(group_sizes_E: Array, num_rows: int) -> Array:

@@ -37,8 +37,9 @@ from pallas_kernels.paged_attention import (
     place,
     scores_of,
     span_of,
+    tuned_stages,
 )
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined
 
 Array = jax.Array
 
@@ -59,12 +60,13 @@ def latent_attention(
     *,
     value_dim: int,
     scale: float,
-    config: Config = CONFIG,
+    config: Config | None = None,
 ) -> Array:
     """Attend to latent pages, each query head to the same keys; gives [B, T, N, value_dim].
 
     Raises Declined for shapes, pages and dtypes that it has no tiles for.
     """
+    config = config or tuned_stages("latent_attention", CONFIG, q_BTNJ, latent_PZJ)
     _check(q_BTNJ, latent_PZJ, value_dim, config)
     batch, length, heads, dim = q_BTNJ.shape
     capacity = tables_BI.shape[1] * latent_PZJ.shape[1]
@@ -110,12 +112,12 @@ def _check(q_BTNJ: Array, latent_PZJ: Array, value_dim: int, config: Config) -> 
     dim, page = latent_PZJ.shape[2], latent_PZJ.shape[1]
     if q_BTNJ.dtype != latent_PZJ.dtype or q_BTNJ.dtype not in (jnp.bfloat16, jnp.float16):
         names = f"{q_BTNJ.dtype}, {latent_PZJ.dtype}"
-        raise Declined(f'dtypes of q and pages ({names}) must be one, bfloat16 or float16; use "xla"')
+        raise Declined(f"dtypes of q and pages ({names}) must be one, bfloat16 or float16; {INSTEAD}")
     if value_dim not in (128, 256, 512) or dim % 64 or not value_dim <= dim <= 576:
         rule = "must be 128, 256 or 512, the latent a multiple of 64 from there to 576"
-        raise Declined(f'value dim ({value_dim}) of latent dim ({dim}) {rule}; use "xla"')
+        raise Declined(f"value dim ({value_dim}) of latent dim ({dim}) {rule}; {INSTEAD}")
     if page % config.tile and (config.tile % page or page % 8):
-        raise Declined(f'page size ({page}) must be 8, 16, 32 or a multiple of the tile ({config.tile}); use "xla"')
+        raise Declined(f"page size ({page}) must be 8, 16, 32 or a multiple of the tile ({config.tile}); {INSTEAD}")
     if config.tile != 64 or config.split % config.tile:
         raise Declined(f"tile ({config.tile}) must be 64 and divide the split ({config.split}); use Config()")
 

@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined, target
+from pallas_kernels.tuning import bucket, tuned
 
 Array = jax.Array
 
@@ -69,7 +70,7 @@ def lightning_attention(
     Where `document` (ascending) changes, the state starts from zero; the first state is the first token's document's.
     Raises Declined for what is not bfloat16 or has head dims other than 64 and 128.
     """
-    run = _Row.of(q_BTNH, k_BTNH, v_BTNU, decay_N, document_BT, config)
+    run = _Row.of("lightning_attention", q_BTNH, k_BTNH, v_BTNU, decay_N, document_BT, config)
     sums = run.sums(k_BTNH, v_BTNU)
     return run.attend(q_BTNH, k_BTNH, v_BTNU, state_BNHU, sums)
 
@@ -87,7 +88,7 @@ def lightning_attention_bwd(
 ) -> tuple[Array, Array, Array, Array]:
     """Give dq, dk, dv and the gradient of the first state. Raises Declined as the forward pass does."""
     q, k, v, do = q_BTNH, k_BTNH, v_BTNU, do_BTNU.astype(q_BTNH.dtype)
-    forth = _Row.of(q, k, v, decay_N, document_BT, config)
+    forth = _Row.of("lightning_attention_bwd", q, k, v, decay_N, document_BT, config)
     dq, _ = forth.attend(do, v, k, _turned(state_BNHU), forth.sums(v, k))
     back = replace(forth, call=replace(forth.call, reverse=True))
     sums = back.sums(q, do)
@@ -110,18 +111,19 @@ class _Row:
 
     @classmethod
     def of(
-        cls, q: Array, k: Array, v: Array, decay_N: Array, document_BT: Array | None, config: Config | None
+        cls, op: str, q: Array, k: Array, v: Array, decay_N: Array, document_BT: Array | None, config: Config | None
     ) -> "_Row":
         """Check what is to be attended to; raise Declined or ValueError."""
         batch, length, heads, dim = q.shape
         if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
-            raise Declined(f'lightning attention: dtypes {q.dtype}, {k.dtype}, {v.dtype} must be bfloat16; use "xla"')
+            raise Declined(f"lightning attention: dtypes {q.dtype}, {k.dtype}, {v.dtype} must be bfloat16; {INSTEAD}")
         if dim not in (64, 128) or v.shape[-1] != dim:
-            raise Declined(f'lightning attention: head dims {dim}, {v.shape[-1]} must be equal, 64 or 128; use "xla"')
+            raise Declined(f"lightning attention: head dims {dim}, {v.shape[-1]} must be equal, 64 or 128; {INSTEAD}")
         if not q.shape == k.shape == v.shape:
             raise ValueError(f"lightning attention: q {q.shape}, k {k.shape} and v {v.shape} must agree")
         consumers = 1 if dim == 64 and heads % 2 else 2
-        config = config or Config.of(batch, length, heads * dim // (consumers * COLUMNS))
+        default = Config.of(batch, length, heads * dim // (consumers * COLUMNS))
+        config = config or tuned(op, target().kind, bucket(q), default)
         call = _Pass(dim, length, False, config.span, config.stages, consumers, True, document_BT is not None)
         return cls(call, decay_N.astype(jnp.float32), document_BT)
 
@@ -263,6 +265,7 @@ def _launch(call: _Pass, inputs: dict[str, Array]) -> tuple[Array | None, Array]
         grid_names=("group", "span", "batch"),
         num_threads=call.consumers + 1,
         thread_name="wg",
+        kernel_name="lightning_attention" if call.attend else "lightning_states",
         scratch_types=[call.scratch(v.dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(*(inputs[name] for name in call.arguments if name in inputs))

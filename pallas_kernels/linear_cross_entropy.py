@@ -20,7 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_tiles import Ring, place_of
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined, target
+from pallas_kernels.tuning import bucket, op_name, tuned
 
 Array = jax.Array
 
@@ -55,16 +56,17 @@ def linear_cross_entropy_statistics(
     w is [D, V], or [V, D] with vocab_dim = 0. A row whose column lies outside 0..V-1 gives 0 for that logit. Raises
     Declined for what is not bfloat16, or rows that the copy engine cannot take.
     """
-    config = config or Config()
     if x_MD.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
-        raise Declined(f'linear cross-entropy: dtypes {x_MD.dtype}, {w.dtype} must be bfloat16; use "xla"')
+        raise Declined(f"linear cross-entropy: dtypes {x_MD.dtype}, {w.dtype} must be bfloat16; {INSTEAD}")
     for name, extent, tile in (
         ("D", x_MD.shape[1], 64),
         ("w's last dim", w.shape[1], 64),
         ("V", w.shape[vocab_dim], 8),
     ):
         if extent % tile:
-            raise Declined(f'linear cross-entropy: {name} ({extent}) must divide by {tile}, a tile; use "xla"')
+            raise Declined(f"linear cross-entropy: {name} ({extent}) must divide by {tile}, a tile; {INSTEAD}")
+    op = op_name("linear_cross_entropy_statistics", vocab_dim=vocab_dim)
+    config = config or tuned(op, target().kind, bucket(x_MD, w), Config())
     num_rows, vocab = x_MD.shape[0], w.shape[vocab_dim]
     num_v = pl.cdiv(vocab, config.columns)
     padded = pl.cdiv(num_rows, ROWS * CONSUMERS) * ROWS * CONSUMERS
@@ -88,6 +90,7 @@ def linear_cross_entropy_statistics(
         grid_names=("block",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
+        kernel_name="linear_cross_entropy",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(x_MD, w, columns_M)
     max_VM, total_VM, target_VM = (statistics_V3M[:, i, :num_rows] for i in range(3))

@@ -15,7 +15,7 @@ the order of its sums by the array's shape. (Flash-decoding; arXiv 2205.14135, 2
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import LOG2E, matrix, run_state, wgmma
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined, target
+from pallas_kernels.tuning import bucket, tuned
 
 Array = jax.Array
 
@@ -92,13 +93,14 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks_N: Array | None = None,
-    config: Config = Config(),
+    config: Config | None = None,
 ) -> Array:
     """Attend to the pages that each sequence's table names; rows past query_lengths and empty sequences give zeros.
 
     Query t of sequence b stands at lengths[b] - query_lengths[b] + t and sees the keys up to there, the last `window`.
     Raises Declined for shapes, pages and dtypes that it has no tiles for.
     """
+    config = config or tuned_stages("paged_attention", Config(), q_BTNH, k_PZKH, v_PZKU)
     _check(q_BTNH, k_PZKH, v_PZKU, config)
     _, length, heads, _ = q_BTNH.shape
     kv_heads, group = k_PZKH.shape[2], heads // k_PZKH.shape[2]
@@ -122,6 +124,17 @@ def paged_attention(
         fan_in=config.fan_in,
         dtype=q_BTNH.dtype,
     )
+
+
+def tuned_stages(op: str, default: Config, *operands: Array) -> Config:
+    """Look up the stages, for any batch and pool of pages; raise ValueError for an entry that would change results."""
+    shapes = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in operands]
+    config = tuned(op, target().kind, bucket(*shapes), default)
+    if replace(config, stages=default.stages) != default:
+        raise ValueError(
+            f"tuned config of {op} ({config}) must differ from {default} in its stages alone: others round"
+        )
+    return config
 
 
 def _call(
@@ -165,18 +178,18 @@ def _check(q_BTNH: Array, k_PZKH: Array, v_PZKU: Array, config: Config) -> None:
     heads, kv_heads, page = q_BTNH.shape[2], k_PZKH.shape[2], k_PZKH.shape[1]
     if len(dtypes) > 1 or q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         names = ", ".join(sorted(d.name for d in dtypes))
-        raise Declined(f'dtypes of q, k, v ({names}) must be one, bfloat16 or float16; use "xla"')
+        raise Declined(f"dtypes of q, k, v ({names}) must be one, bfloat16 or float16; {INSTEAD}")
     for name, dim in (("key", k_PZKH.shape[3]), ("value", v_PZKU.shape[3])):
         if dim not in (64, 128, 192, 256):
-            raise Declined(f'{name} head dim ({dim}) must be 64, 128, 192 or 256; use "xla"')
+            raise Declined(f"{name} head dim ({dim}) must be 64, 128, 192 or 256; {INSTEAD}")
     if heads % kv_heads:
-        raise Declined(f'query heads ({heads}) must divide by key/value heads ({kv_heads}); use "xla"')
+        raise Declined(f"query heads ({heads}) must divide by key/value heads ({kv_heads}); {INSTEAD}")
     if page % config.tile and (config.tile % page or page % 8):
-        raise Declined(f'page size ({page}) must be 8, 16, 32 or a multiple of the tile ({config.tile}); use "xla"')
+        raise Declined(f"page size ({page}) must be 8, 16, 32 or a multiple of the tile ({config.tile}); {INSTEAD}")
     if config.split % config.tile or config.tile % 64:
         raise Declined(f"split ({config.split}) must divide by tile ({config.tile}), the tile by 64; use Config()")
     if v_PZKU.shape[3] < 128 and heads % 2:
-        raise Declined(f'query heads ({heads}) must be even at value head dim {v_PZKU.shape[3]}; use "xla"')
+        raise Declined(f"query heads ({heads}) must be even at value head dim {v_PZKU.shape[3]}; {INSTEAD}")
 
 
 def _stages(tile: int, key_dim: int, value_dim: int) -> int:

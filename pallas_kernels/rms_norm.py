@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined, target
+from pallas_kernels.tuning import bucket, tuned
 
 Array = jax.Array
 
@@ -40,20 +41,25 @@ class Config:
         """Take two blocks a multiprocessor with as many slots as fit, or one where two do not."""
         for blocks in (2, 1):
             for stages in (3, 2):
-                if blocks * (2 * dim * (stages * num_inputs + 2) + 2048) <= mosaic.SMEM_LIMIT:
+                if blocks * smem_bytes(dim, stages, num_inputs) <= mosaic.SMEM_LIMIT:
                     return cls(stages, blocks * mosaic.NUM_SMS)
-        raise Declined(f'RMSNorm backward: D ({dim}) must fit in shared memory; use "xla"')
+        raise Declined(f"RMSNorm backward: D ({dim}) must fit in shared memory; {INSTEAD}")
+
+
+def smem_bytes(dim: int, stages: int, num_inputs: int) -> int:
+    """Count the bytes of shared memory that a block needs, those of alignment and of reductions too."""
+    return 2 * dim * (stages * num_inputs + 2) + 2048
 
 
 def check(x: Array, scale_D: Array) -> None:
     """Raise Declined for what the kernel cannot take: x [..., D]."""
     dim = x.shape[-1]
     if x.dtype != jnp.bfloat16 or scale_D.dtype != jnp.bfloat16:
-        raise Declined(f'RMSNorm backward: dtypes {x.dtype}, {scale_D.dtype} must be bfloat16; use "xla"')
+        raise Declined(f"RMSNorm backward: dtypes {x.dtype}, {scale_D.dtype} must be bfloat16; {INSTEAD}")
     if dim % CHUNK or dim > 8192:
-        raise Declined(f'RMSNorm backward: D ({dim}) must be a multiple of {CHUNK} up to 8192; use "xla"')
+        raise Declined(f"RMSNorm backward: D ({dim}) must be a multiple of {CHUNK} up to 8192; {INSTEAD}")
     if not x.size:
-        raise Declined(f'RMSNorm backward: x {x.shape} must have rows; use "xla"')
+        raise Declined(f"RMSNorm backward: x {x.shape} must have rows; {INSTEAD}")
 
 
 def rms_norm_bwd(
@@ -67,7 +73,7 @@ def rms_norm_bwd(
     for x in arrays:
         check(x, scale_D)
     num_rows, dim = x_MD.shape
-    config = config or Config.of(dim, len(arrays))
+    config = config or tuned("rms_norm_bwd", target().kind, bucket(*arrays), Config.of(dim, len(arrays)))
     config = replace(config, num_blocks=min(config.num_blocks, num_rows))
     lines = (dim // LINE, LINE)
     rows = jax.ShapeDtypeStruct((num_rows, *lines), jnp.bfloat16)
@@ -84,6 +90,7 @@ def rms_norm_bwd(
         ],
         grid=(config.num_blocks,),
         grid_names=("block",),
+        kernel_name="rms_norm_bwd",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(scale_D.reshape(lines), *(x.reshape(rows.shape) for x in arrays))
     return dx_MCL.reshape(x_MD.shape), dscale_BCL.sum(0).reshape(dim).astype(scale_D.dtype)
@@ -102,9 +109,9 @@ def _block(config: Config, eps: float, num_inputs: int, scale_ref: Any, *refs: A
 
     def fetch(row: Array) -> None:
         slot = lax.rem(row, jnp.int32(config.stages))
-        for source, target in zip(inputs, slots, strict=True):
+        for source, held in zip(inputs, slots, strict=True):
             place = block + row * config.num_blocks
-            plgpu.copy_gmem_to_smem(source.at[place], target.at[slot], ready.at[slot])
+            plgpu.copy_gmem_to_smem(source.at[place], held.at[slot], ready.at[slot])
 
     def load(ref: Any, chunk: Any) -> Array:
         return plgpu.load(ref.at[chunk], layout=layout, optimized=False).astype(jnp.float32)

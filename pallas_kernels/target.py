@@ -7,6 +7,10 @@ import jax
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
+INSTEAD = 'use implementation="xla"'
+"""What a kernel's refusal ends with, as a user would write it."""
+
+
 class Declined(NotImplementedError):
     """A kernel cannot take this call: the message gives the value, the rule and what to use instead."""
 

@@ -7,9 +7,10 @@ file computes from the shapes; nothing in the table is guessed.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,14 @@ def _rounded(size: int) -> int:
     return size if size <= 1024 else 1 << (size - 1).bit_length()
 
 
+def op_name(function: str, **options: object) -> str:
+    """Name an op by its function and what else chooses the code: "grouped_matmul transpose_w=True".
+
+    Options that are off (False, None, 0) are left out; the names of Triton's kernels begin with "triton ".
+    """
+    return " ".join([function, *(f"{name}={value}" for name, value in options.items() if value)])
+
+
 def chip_of(device_kind: str) -> str:
     """Give a chip's name in the table: "NVIDIA H200" is H200; a chip that is not listed keeps its own name."""
     return next((chip for chip in CHIPS if chip in device_kind), device_kind)
@@ -45,6 +54,8 @@ def tuned(op: str, chip_kind: str, bucket: str, default: Config) -> Config:
     The entry's fields replace the default's. Raises ValueError for an entry with a field that the config has not: the
     kernel has changed since it was measured.
     """
+    if _asking.get():
+        raise _Asked(Lookup(op, bucket, default))
     entry = _entries(TABLE).get(key(op, chip_kind, bucket))
     if entry is None:
         return default
@@ -56,6 +67,34 @@ def tuned(op: str, chip_kind: str, bucket: str, default: Config) -> Config:
             f"{type(default).__name__}: run scripts/tune_kernels.py again"
         )
     return dataclasses.replace(config, **entry)
+
+
+class Lookup(NamedTuple):
+    """What a kernel looks up."""
+
+    op: str
+    bucket: str
+    default: Any
+    """the config that it takes where nothing was measured"""
+
+
+class _Asked(Exception):
+    """Ends a call that is made for its lookup alone."""
+
+
+_asking: ContextVar[bool] = ContextVar("asking", default=False)
+
+
+def lookup_of(call: Callable[..., Any], *operands: jax.ShapeDtypeStruct) -> Lookup:
+    """Ask a kernel what it looks up for such operands; nothing behind the lookup is traced. May raise Declined."""
+    token = _asking.set(True)
+    try:
+        jax.eval_shape(call, *operands)
+    except _Asked as asked:
+        return asked.args[0]
+    finally:
+        _asking.reset(token)
+    raise ValueError(f"{call} must look a config up: it did not")
 
 
 def key(op: str, chip_kind: str, bucket: str) -> str:

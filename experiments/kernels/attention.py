@@ -103,7 +103,7 @@ def _case(shape: Shape, backward: bool, **kwargs: Any) -> Case:
     return Case(
         "attention",
         shape.title("forward and backward" if backward else "forward"),
-        functools.partial(_make, shape, backward),
+        functools.partial(make_inputs, shape, backward),
         ways,
         flops=2.0 * shape.pairs() * shape.heads * products,
         bytes=2.0 * shape.batch * shape.length * moved,
@@ -122,7 +122,7 @@ def _target(shape: Shape, backward: bool) -> str:
     return f"{floor}, >= 690 TFLOP/s" if shape.length >= 16384 else floor
 
 
-def _make(shape: Shape, backward: bool, key: jax.Array) -> tuple[jax.Array, ...]:
+def make_inputs(shape: Shape, backward: bool, key: jax.Array) -> tuple[jax.Array, ...]:
     """Give q, k, v, for the backward do, for packed documents the ids of their tokens."""
     query, keys = (shape.batch, shape.length, shape.heads), (shape.batch, shape.length, shape.kv_heads)
     shapes = [(*query, shape.dim), (*keys, shape.dim), (*keys, shape.value_dim), (*query, shape.value_dim)]

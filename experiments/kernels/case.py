@@ -1,5 +1,6 @@
 """One row of the kernel benchmark: an op at a shape, its floor on paper, and everyone who can do it."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,3 +35,15 @@ class Case:
     """whether the kernel multiplies on tensor cores: then its machine code must hold wgmma"""
     compiled: bool = True
     """whether the ahead-of-time test compiles it: one or a few of a grid, those that differ in code"""
+
+
+def compiled_torch(f: Way) -> Way:
+    """Compile a torch function when it is first called."""
+
+    @functools.cache
+    def compiled() -> Way:
+        import torch  # pyright: ignore[reportMissingImports]
+
+        return torch.compile(f, dynamic=False)
+
+    return lambda *args: compiled()(*args)

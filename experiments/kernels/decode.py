@@ -85,7 +85,7 @@ def _tables(shape: Shape) -> np.ndarray:
     return np.where(used, pages.reshape(batch, -1), -1).astype(np.int32)
 
 
-def _make(shape: Shape, values: bool, key: jax.Array) -> tuple[jax.Array, ...]:
+def make_inputs(shape: Shape, values: bool, key: jax.Array) -> tuple[jax.Array, ...]:
     """Give queries, pages of keys (and of values), tables, lengths and query lengths."""
     batch = len(shape.lengths)
     keys = jax.random.split(key, 3)
@@ -120,7 +120,7 @@ def _paged(shape: Shape, window: int | None = None, sinks: bool = False, **kwarg
     return Case(
         "decode",
         name,
-        functools.partial(_make, shape, True),
+        functools.partial(make_inputs, shape, True),
         ways,
         flops=4.0 * _pairs(shape, window) * shape.heads * shape.dim,
         bytes=4.0 * sum(seen) * shape.kv_heads * shape.dim + _query_bytes(shape, 2 * shape.dim),
@@ -140,7 +140,7 @@ def _latent(shape: Shape, value_dim: int, **kwargs: Any) -> Case:
     return Case(
         "decode",
         shape.title("latent"),
-        functools.partial(_make, shape, False),
+        functools.partial(make_inputs, shape, False),
         {name: attend(name) for name in ("mosaic", "xla")},
         flops=2.0 * _pairs(shape, None) * shape.heads * (shape.dim + value_dim),
         bytes=2.0 * sum(shape.lengths) * shape.dim + _query_bytes(shape, shape.dim + value_dim),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.kernels.case import Case, Way
+from experiments.kernels.case import Case, Way, compiled_torch
 
 BF16 = jnp.bfloat16
 EPS = 1e-6
@@ -40,18 +40,6 @@ def _draw(*shapes: tuple[int, ...]) -> Way:
     return make
 
 
-def _compiled_torch(f: Way) -> Way:
-    """Compile a torch function when it is first called."""
-
-    @functools.cache
-    def compiled() -> Way:
-        import torch  # pyright: ignore[reportMissingImports]
-
-        return torch.compile(f, dynamic=False)
-
-    return lambda *args: compiled()(*args)
-
-
 def _memory_case(name: str, shape: tuple[int, ...], arrays: float, target: str, **kwargs: Any) -> Case:
     size = 1.0
     for extent in shape:
@@ -77,7 +65,7 @@ def _norm(shape: tuple[int, int]) -> Case:
         ">= 0.93 of the copy's speed",
         make=_draw(shape, shape[1:]),
         ways={"xla": functools.partial(rms_norm, eps=EPS)},
-        torch_ways={"compile": _compiled_torch(torch_norm)},
+        torch_ways={"compile": compiled_torch(torch_norm)},
     )
 
 
@@ -107,7 +95,7 @@ def _norm_backward(shape: tuple[int, int]) -> Case:
         ">= 0.88 of the copy's speed",
         make=_draw(shape, shape[1:], shape),
         ways={"mosaic": mosaic, "xla": xla},
-        torch_ways={"compile": _compiled_torch(torch_gradients)},
+        torch_ways={"compile": compiled_torch(torch_gradients)},
     )
 
 
@@ -126,7 +114,7 @@ def _swiglu(shape: tuple[int, int]) -> Case:
         ">= 0.93 of the copy's speed",
         make=_draw(shape, shape),
         ways={"xla": swiglu},
-        torch_ways={"compile": _compiled_torch(torch_swiglu)},
+        torch_ways={"compile": compiled_torch(torch_swiglu)},
     )
 
 
@@ -149,7 +137,7 @@ def _swiglu_backward(shape: tuple[int, int]) -> Case:
         ">= 0.88 of the copy's speed",
         make=_draw(shape, shape, shape),
         ways={"xla": xla},
-        torch_ways={"compile": _compiled_torch(torch_gradients)},
+        torch_ways={"compile": compiled_torch(torch_gradients)},
     )
 
 
@@ -177,7 +165,7 @@ def _rope(shape: tuple[int, int, int, int]) -> Case:
         ">= 0.93 of the copy's speed",
         make=make,
         ways={"xla": apply_rope},
-        torch_ways={"compile": _compiled_torch(torch_rope)},
+        torch_ways={"compile": compiled_torch(torch_rope)},
     )
 
 
@@ -216,7 +204,7 @@ def _loss(rows: int, dim: int, vocab: int) -> Case:
         _losses(),
         flops=2.0 * rows * dim * vocab,
         bytes=2.0 * (rows * dim + dim * vocab) + 4.0 * rows,
-        torch_ways={"compile": _compiled_torch(_torch_loss)},
+        torch_ways={"compile": compiled_torch(_torch_loss)},
         target=">= 650 TFLOP/s",
         compiled=vocab == 131072,
     )
@@ -237,7 +225,7 @@ def _loss_backward(rows: int, dim: int, vocab: int) -> Case:
         leaves = [t.detach().requires_grad_() for t in (x, w)]
         return torch.autograd.grad(torch_loss(*leaves, targets).mean(), leaves)
 
-    torch_loss = _compiled_torch(_torch_loss)
+    torch_loss = compiled_torch(_torch_loss)
     return Case(
         "fused",
         f"linear cross-entropy forward and backward {rows}x{dim}x{vocab}",

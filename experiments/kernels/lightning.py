@@ -34,7 +34,7 @@ def _case(name: str, shape: Shape, arrays: int, flops: float, **kwargs: Any) -> 
     return Case("lightning", name, flops=flops * size, bytes=2.0 * arrays * size, **kwargs)
 
 
-def _make(shape: Shape, backward: bool, packed: bool, key: jax.Array) -> tuple[Any, ...]:
+def make_inputs(shape: Shape, backward: bool, packed: bool, key: jax.Array) -> tuple[Any, ...]:
     batch, length, heads, dim = shape
     keys = jax.random.split(key, 6)
     q, k, v, do = (jax.random.normal(each, shape, jnp.bfloat16) for each in keys[:4])
@@ -57,7 +57,7 @@ def _forward(shape: Shape, compiled: bool = True, packed: bool = False) -> Case:
         return run
 
     ways = {name: attend(name) for name in ("mosaic", "xla")}
-    make = functools.partial(_make, shape, False, packed)
+    make = functools.partial(make_inputs, shape, False, packed)
     title = "forward packed" if packed else "forward"
     target = ">= 2.2 TB/s; faster than cuDNN softmax from 2k"
     return _case(title, shape, 4, 4 * shape[-1] + 128, make=make, ways=ways, target=target, compiled=compiled)
@@ -79,7 +79,7 @@ def _backward(shape: Shape, compiled: bool = True, packed: bool = False) -> Case
 
         return run
 
-    make = functools.partial(_make, shape, True, packed)
+    make = functools.partial(make_inputs, shape, True, packed)
     title = "backward packed" if packed else "backward"
     ways = {name: gradients(name) for name in ("mosaic", "xla")}
     target = ">= 1.5 TB/s"
@@ -90,7 +90,7 @@ def _softmax(shape: Shape) -> Case:
     """Causal softmax attention of cuDNN at the same shape."""
 
     def make(key: jax.Array) -> tuple[jax.Array, ...]:
-        return _make(shape, False, False, key)[:3]
+        return make_inputs(shape, False, False, key)[:3]
 
     def softmax(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

@@ -16,6 +16,9 @@ from pallas_kernels.target import Declined, Target, target
 Drop = Callable[[Array], Array]
 """Dropout of the probabilities p_BKGTS."""
 
+FEW = 64
+"""Fewer queries than these would leave rows of the flash kernel's tiles empty: a decode step reads its cache once."""
+
 
 def naive_attention(
     q_BTNH: Float[Array, "B T N H"],
@@ -70,9 +73,9 @@ def attention(
     length, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
 
     def order(chip: Target) -> Sequence[str]:
-        if drop is not None or not 1 < length == num_keys:
-            return ["reference"]
-        return ["mosaic", "xla"] if chip.is_hopper else ["xla"]
+        by_blocks = drop is None and 1 < length == num_keys
+        kernel = chip.is_hopper and drop is None and length >= FEW
+        return [*(["mosaic"] if kernel else []), "xla" if by_blocks else "reference"]
 
     def vjp(way: str) -> Callable[..., Array]:
         def run(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:

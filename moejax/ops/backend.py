@@ -54,10 +54,25 @@ def call(kernel: Way, *args: Any, **kwargs: Any) -> Any:
     """Call a kernel, and mark its outputs as varying over every axis that an input varies on: kernels forget it.
 
     To be called inside the op's custom_vjp, forward and backward: outside, the mark's transpose would sum gradients
-    over devices.
+    over devices. A kernel takes long to trace: one is traced once for all calls with the same shapes and options.
     """
-    arrays = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.Array)]
-    return jax.tree.map(lambda y: vary_like(y, *arrays), kernel(*args, **kwargs))
+    named = {str(i): x for i, x in enumerate(args)} | kwargs
+    arrays = {name: x for name, x in named.items() if isinstance(x, jax.Array)}
+    options = tuple((name, x) for name, x in named.items() if name not in arrays)
+    outputs = _traced_once(kernel, options)(arrays)
+    return jax.tree.map(lambda y: vary_like(y, *arrays.values()), outputs)
+
+
+@functools.cache
+def _traced_once(kernel: Way, options: tuple[tuple[str, Any], ...]) -> Way:
+    def run(arrays: dict[str, jax.Array]) -> Any:
+        named = dict(options) | arrays
+        places = sorted(int(name) for name in named if name.isdigit())
+        keywords = {name: x for name, x in named.items() if not name.isdigit()}
+        return kernel(*(named[str(place)] for place in places), **keywords)
+
+    run.__name__ = getattr(kernel, "__name__", "kernel")
+    return jax.jit(run)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.target import Declined, target
+from pallas_kernels.target import INSTEAD, Declined, target
 
 CAPABILITIES = {
     80: ("A100", "A800", "A30"),
@@ -38,17 +38,15 @@ def capability() -> int:
     """
     chip = target()
     if not chip.is_gpu or chip.platform == "rocm":
-        raise Declined(f"chip ({chip.kind}) must be an NVIDIA GPU: use implementation='xla'")
+        raise Declined(f"chip ({chip.kind}) must be an NVIDIA GPU: {INSTEAD}")
     found = _by_name(chip.kind)
     if found is None:
         said = getattr(jax.local_devices()[0], "compute_capability", None)  # "8.6"
         if said is None:
-            raise Declined(
-                f"chip ({chip.kind}) must be one whose compute capability is known: use implementation='xla'"
-            )
+            raise Declined(f"chip ({chip.kind}) must be one whose compute capability is known: {INSTEAD}")
         found = round(10 * float(said))
     if found < 80:
-        raise Declined(f"compute capability ({found / 10}) must be at least 8.0: use implementation='xla'")
+        raise Declined(f"compute capability ({found / 10}) must be at least 8.0: {INSTEAD}")
     return found
 
 
@@ -88,4 +86,4 @@ def _module(name: str, needed: str) -> ModuleType:
     except ImportError as error:
         if (error.name or "").split(".")[0] not in (needed, "triton"):
             raise
-        raise Declined(f"{error.name} must be installed (pip install jax-triton); use implementation='xla'") from error
+        raise Declined(f"{error.name} must be installed (pip install jax-triton); {INSTEAD}") from error

@@ -12,14 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.target import Declined, target
+from pallas_kernels.target import INSTEAD, Declined, target
 from pallas_kernels.triton.call import Launch, capability, triton_call
-from pallas_kernels.tuning import bucket, tuned
+from pallas_kernels.tuning import bucket, op_name, tuned
 
 Array = jax.Array
 
-NAME = "triton.grouped_matmul"
-"""in the table of tuned configs"""
 DTYPES = ("bfloat16", "float16", "float32")
 SMALL_SMEM = (86, 89)
 """Capabilities whose blocks have 99 KB of shared memory; the others have 163 KB and more."""
@@ -80,8 +78,8 @@ def grouped_matmul(
     width = w_EDF.shape[1 if transpose_w else 2]
     if config is None:
         default = default_config(x_RD.shape[0], w_EDF.shape[0], x_RD.dtype, capability())
-        op = f"{NAME}.grouped_matmul{' transpose_w=True' if transpose_w else ''}"
-        config = tuned(op, target().kind, bucket(x_RD, w_EDF, group_sizes_E), default)
+        op = op_name("triton grouped_matmul", transpose_w=transpose_w)
+        config = tuned(op, target().kind, bucket(x_RD, w_EDF), default)
     out = jax.ShapeDtypeStruct((x_RD.shape[0], width), x_RD.dtype)
     tiles = tile_map(group_sizes_E, x_RD.shape[0], config.rows)
     launch = forward_launch(x_RD.shape, width, w_EDF.shape[0], transpose_w, config)
@@ -105,13 +103,14 @@ def grouped_matmul_dw(x_RD: Array, dy_RF: Array, group_sizes_E: Array, *, config
     """
     if x_RD.ndim != 2 or dy_RF.ndim != 2 or x_RD.shape[0] != dy_RF.shape[0] or x_RD.dtype != dy_RF.dtype:
         raise Declined(
-            f"x {x_RD.shape} {x_RD.dtype} and dy {dy_RF.shape} {dy_RF.dtype} must have the same rows and dtype"
+            f"x {x_RD.shape} {x_RD.dtype} and dy {dy_RF.shape} {dy_RF.dtype} must have the same rows and dtype; "
+            f"{INSTEAD}"
         )
     check_dtype(x_RD, group_sizes_E)
     if config is None:
         default = default_config(x_RD.shape[0], 1, x_RD.dtype, capability())
         operands = bucket(x_RD, dy_RF, group_sizes_E)
-        config = tuned(f"{NAME}.grouped_matmul_dw", target().kind, operands, default)
+        config = tuned("triton grouped_matmul_dw", target().kind, operands, default)
     end_E = jnp.cumsum(group_sizes_E).astype(jnp.int32)
     out = jax.ShapeDtypeStruct((group_sizes_E.size, x_RD.shape[1], dy_RF.shape[1]), x_RD.dtype)
     launch = dw_launch(x_RD.shape[1], dy_RF.shape[1], group_sizes_E.size, config)
@@ -137,34 +136,14 @@ def default_config(num_rows: int, num_experts: int, dtype: jax.typing.DTypeLike,
     return Config(rows, 128, 32, 4, warps) if chip in SMALL_SMEM else Config(rows, 128, 64, 3, warps)
 
 
-def candidates(
-    x_RD: jax.ShapeDtypeStruct, other: jax.ShapeDtypeStruct, group_sizes_E: jax.ShapeDtypeStruct
-) -> list[Config]:
-    """List what is worth trying for these operands, the default first; `other` is w_EDF, or dy_RF of the gradient."""
-    chip = _capability_or(90)
-    chosen = default_config(x_RD.shape[0], 1 if other.ndim == 2 else other.shape[0], x_RD.dtype, chip)
-    if jnp.dtype(x_RD.dtype) == jnp.float32:
-        return [chosen]
-    sizes = [(chosen.rows, c, k) for c in (64, 128, 256) for k in (32, 64)]
-    found = [Config(r, c, k, stages, 8 if r * c > 8192 else 4) for r, c, k in sizes for stages in (3, 4)]
-    return [chosen, *(config for config in found if config != chosen)]
-
-
-def _capability_or(default: int) -> int:
-    try:
-        return capability()
-    except Declined:
-        return default
-
-
 def check_operands(x_RD: Array, w_EDF: Array, group_sizes_E: Array, contract: int) -> None:
     """Raise Declined for operands that the kernel does not multiply; `contract` is the weights' contracted dim."""
     if x_RD.ndim != 2 or w_EDF.ndim != 3 or w_EDF.shape[contract] != x_RD.shape[1]:
-        raise Declined(f"weights {w_EDF.shape} must contract x's columns {x_RD.shape} in dim {contract}")
+        raise Declined(f"weights {w_EDF.shape} must contract x's columns {x_RD.shape} in dim {contract}; {INSTEAD}")
     if w_EDF.dtype != x_RD.dtype or group_sizes_E.shape != w_EDF.shape[:1]:
         raise Declined(
             f"weights {w_EDF.shape} {w_EDF.dtype} must have x's dtype ({x_RD.dtype}) and an expert for each of the "
-            f"{group_sizes_E.size} groups"
+            f"{group_sizes_E.size} groups; {INSTEAD}"
         )
     check_dtype(x_RD, group_sizes_E)
 
@@ -174,7 +153,7 @@ def check_dtype(x_RD: Array, group_sizes_E: Array) -> None:
     if jnp.dtype(x_RD.dtype).name not in DTYPES or not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
         raise Declined(
             f"dtype ({x_RD.dtype}) must be one of {', '.join(DTYPES)}, "
-            f"and group sizes ({group_sizes_E.dtype}) integers: use implementation='blocked'"
+            f"and group sizes ({group_sizes_E.dtype}) integers: {INSTEAD}"
         )
     if not x_RD.size:
-        raise Declined(f"x {x_RD.shape} must not be empty: use implementation='blocked'")
+        raise Declined(f"x {x_RD.shape} must not be empty: {INSTEAD}")

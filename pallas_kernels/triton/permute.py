@@ -6,7 +6,7 @@ No arithmetic to speak of: 2*2*X*D bytes for the gather, 2*(R+M)*D for the combi
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.target import Declined
+from pallas_kernels.target import INSTEAD, Declined
 from pallas_kernels.triton.call import Launch, triton_call
 
 Array = jax.Array
@@ -18,7 +18,7 @@ BLOCK = 4096
 def gather_rows(x_MD: Array, index_X: Array) -> Array:
     """Copy row index[i] to place i; an index outside of [0, M) gives zeros: [X, D]. Raises Declined."""
     if x_MD.ndim != 2 or index_X.ndim != 1 or not x_MD.size or not index_X.size:
-        raise Declined(f"x {x_MD.shape} must be a matrix and index {index_X.shape} a vector, none empty: use 'xla'")
+        raise Declined(f"x {x_MD.shape} must be a matrix and index {index_X.shape} a vector, none empty: {INSTEAD}")
     _check_index(index_X)
     launch = gather_launch(x_MD.shape[0], x_MD.shape[1], index_X.size)
     out = jax.ShapeDtypeStruct((index_X.size, x_MD.shape[1]), x_MD.dtype)
@@ -40,11 +40,11 @@ def combine_rows(y_RD: Array, place_MA: Array, weights_MA: Array) -> Array:
     if y_RD.ndim != 2 or place_MA.ndim != 2 or weights_MA.shape != place_MA.shape or not y_RD.size or not place_MA.size:
         raise Declined(
             f"y {y_RD.shape} must be a matrix, and places {place_MA.shape} and weights {weights_MA.shape} matrices of "
-            "one shape, none empty: use 'xla'"
+            f"one shape, none empty: {INSTEAD}"
         )
     _check_index(place_MA)
     if not (jnp.issubdtype(y_RD.dtype, jnp.floating) and y_RD.dtype.itemsize <= 4):
-        raise Declined(f"dtype ({y_RD.dtype}) must be a float of at most 32 bits: sums are in float32; use 'xla'")
+        raise Declined(f"dtype ({y_RD.dtype}) must be a float of at most 32 bits: sums are in float32; {INSTEAD}")
     launch = combine_launch(y_RD.shape, place_MA.shape)
     out = jax.ShapeDtypeStruct((place_MA.shape[0], y_RD.shape[1]), y_RD.dtype)
     return triton_call("combine_rows_kernel", y_RD, place_MA, weights_MA, out=out, launch=launch)
@@ -66,4 +66,4 @@ def block(depth: int) -> tuple[int, int]:
 
 def _check_index(index: Array) -> None:
     if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise Declined(f"index dtype ({index.dtype}) must be an integer's")
+        raise Declined(f"index dtype ({index.dtype}) must be an integer's; {INSTEAD}")

@@ -1,4 +1,4 @@
-"""Which block sizes are worth measuring? For each kernel a short list, its default first: scripts/tune_kernels.py times it.
+"""Which block sizes are worth measuring? For each kernel a short list, its default first, that tune_kernels.py times.
 
 A list is made of the default and the shapes of the kernel's operands. It holds nothing that the kernel declines, and
 nothing whose sums and scores alone fill a thread's registers.
@@ -62,7 +62,7 @@ def flash_attention(default: flash.Config, q: Shape, k: Shape, v: Shape, *_: Sha
         flash.check_config(config, dim, value_dim)
         check_registers(config, value_dim + 1.5 * config.block_kv)  # probabilities are of 16 bits
 
-    return offered(default, (flash.Config(*each) for each in product((2, 3), (64, 128, 192), (2, 3))), check)
+    return offered(default, (flash.Config(*each) for each in product((2, 3), (64, 128), (2, 3))), check)
 
 
 def flash_attention_bwd(default: flash_bwd.Config, q: Shape, k: Shape, v: Shape, *_: Shape) -> list[flash_bwd.Config]:
@@ -149,12 +149,12 @@ def linear_cross_entropy_statistics(default: loss.Config, x: Shape, w: Shape, *_
     return offered(default, [*others, *(replace(default, band=band) for band in (8, 32))], lambda config: None)
 
 
-def rms_norm_bwd(default: norm.Config, x: Shape, *_: Shape) -> list[norm.Config]:
-    """Vary the blocks of a multiprocessor and their slots; without the residual's gradient there are two inputs."""
+def rms_norm_bwd(default: norm.Config, x: Shape, scale: Shape, *others: Shape) -> list[norm.Config]:
+    """Vary the blocks of a multiprocessor and their slots; the inputs are x, dy and perhaps dz."""
 
     def check(config: norm.Config) -> None:
         blocks = config.num_blocks // mosaic.NUM_SMS
-        if norm.smem_bytes(x.shape[1], config.stages, 2) * blocks > mosaic.SMEM_LIMIT:
+        if norm.smem_bytes(x.shape[1], config.stages, 1 + len(others)) * blocks > mosaic.SMEM_LIMIT:
             raise Declined(f"{blocks} blocks of {config} must fit in shared memory")
 
     sizes = product((2, 3, 4, 6), (1, 2, 3, 4))

@@ -201,7 +201,7 @@ def check_blocks(config: Any, block: int, row_bytes: int, column_bytes: int) -> 
         raise Declined(f"warpgroups ({config.warpgroups}) must be one of {tuple(REGISTERS)}; use 2")
     if block % 64 or not 64 <= block <= 256:
         raise Declined(f"blocks ({block}) of {config} must be multiples of 64 up to 256; use 128 or 64")
-    need = row_bytes + column_bytes * block + 1024  # barriers, and what alignment leaves free
+    need = row_bytes + column_bytes * block + 2048  # barriers, reductions, what alignment leaves free
     if need > mosaic.SMEM_LIMIT:
         raise Declined(f"{config} needs {need} bytes of shared memory (limit {mosaic.SMEM_LIMIT}); use smaller blocks")
 

@@ -101,7 +101,7 @@ def ops() -> Iterator[Op]:
     yield from attention_ops()
     yield from decode_ops()
     for layer in moe.LAYERS:
-        if layer.dim * layer.ffn >= 2048 * 768:  # OLMoE, Qwen3-30B-A3B and Mixtral
+        if layer.ffn >= 768:  # OLMoE, Qwen3-30B-A3B and Mixtral
             yield from training_ops(layer)
             yield from few_rows_ops(layer)
     yield from other_ops()

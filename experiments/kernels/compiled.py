@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 
+from experiments.kernels import sweep
 from experiments.kernels.case import Case
 from experiments.kernels.runner import OURS, in_a_line
 
 COLUMNS = ("kernel", "registers", "spills", "shared memory", "HGMMA", "TMA", "temporaries")
+KNOWN = "the same kernels as in an earlier row"
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,24 @@ class Line:
     note: str = ""
 
 
-def compile_case(case: Case) -> Iterator[Line]:
+def compile_row(family: str, name: str, way: str) -> list[Line]:
+    """Compile one way of a row, all by their names: what a process can be asked that has compiled nothing yet."""
+    (case,) = (case for case in sweep.cases_of(family, dry=False) if case.name == name)
+    return list(compile_case(case, (way,)))
+
+
+def compile_case(case: Case, ways: Sequence[str] = OURS) -> Iterator[Line]:
     """Compile a row's own ways; yield a line for each kernel, or one that says why a way could not be compiled."""
     inputs = jax.eval_shape(case.make, jax.random.key(0))
     title = f"{case.family}: {case.name}"
-    for way in (name for name in OURS if name in case.ways):
+    for way in (name for name in ways if name in case.ways):
         try:
             found = list(_compile(case, way, title, inputs))
         except NotImplementedError as reason:  # Declined
             found = [Line(title, way, note=in_a_line(reason))]
         except Exception as error:
             found = [Line(title, way, breaches=("does not compile",), note=in_a_line(error))]
-        yield from found or [Line(title, way, note="the same kernels as in an earlier row")]
+        yield from found or [Line(title, way, note=KNOWN)]
 
 
 def _compile(case: Case, way: str, title: str, inputs: Sequence[Any]) -> Iterator[Line]:

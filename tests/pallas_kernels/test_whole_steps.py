@@ -1,11 +1,13 @@
-"""The training step with kernels inside: as accurate as XLA's in the interpreter, and compiled for H200s."""
+"""Whole steps with kernels inside: as accurate as by XLA in the interpreter, and compiled for H200s."""
 
 import dataclasses
 import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moejax.accounting.chips import named_chip
@@ -13,8 +15,12 @@ from moejax.accounting.target import h200_devices, missing_plugins
 from moejax.config.mesh import MeshConfig
 from moejax.config.model import ModelConfig, Precision
 from moejax.config.run import RunConfig, TrainConfig
+from moejax.models import ModelParts
+from moejax.parallel.plan import MeshPlan
+from moejax.serve.generate import Generator
 from moejax.train.ahead import lower_train_step
 from moejax.train.proof import Trial, proof_batch, to_numpy
+from moejax.train.state import abstract_state
 from tests.conftest import model_config
 
 TRAIN = TrainConfig(global_batch=1, seq_len=96, microbatches=1, steps=2)
@@ -94,3 +100,56 @@ def test_a_step_on_eight_h200s_holds_the_kernels(mesh):
     assert found >= TRAINING, found
     assert any(name.startswith("grouped_matmul") for name in found), found
     assert "ragged-dot" not in text
+
+
+def fine_grained(num_layers: int = 2) -> ModelConfig:
+    """Mixtral 8x7B's widths, 64 narrow experts of which a token takes 8."""
+    config = model_config("mixtral_8x7b")
+    router = dataclasses.replace(config.moe.router, num_active=8)
+    moe = dataclasses.replace(config.moe, num_experts=64, expert_ffn=1024, router=router)
+    return dataclasses.replace(config, num_layers=num_layers, moe=moe)
+
+
+ONE, EIGHT, TENSOR = MeshConfig(), MeshConfig(data=2, expert=4, zero_stage=1), MeshConfig(tensor=8)
+
+
+@pytest.mark.skipif(missing_plugins() is not None, reason=f"{missing_plugins()}")
+@pytest.mark.parametrize("mesh", [ONE, pytest.param(EIGHT, marks=pytest.mark.slow)], ids=["one", "eight"])
+def test_a_step_of_real_size_keeps_a_few_times_the_routed_rows(mesh):
+    """No E-fold copies: gradients, and the arrays of the rows that were routed. E times the rows would be 69 GB."""
+    model, ranks = fine_grained(), math.prod(mesh.degrees())
+    train = TrainConfig(global_batch=4 * ranks, seq_len=4096)
+    compiled = compiled_step(model, mesh, train)
+    rows = 4 * 4096 * 8  # of one device, before an exchange pads them
+    routed = rows * (model.embed + 3 * model.moe.expert_ffn) * 2
+    memory = compiled.memory_analysis()
+    weights = memory.argument_size_in_bytes / 3  # float32, as the gradients; Adam's moments are the rest
+    assert kernels_in(compiled.as_text()) >= TRAINING
+    assert memory.temp_size_in_bytes < weights * (1 if ranks == 1 else 3) + 8 * routed
+
+
+@pytest.mark.skipif(missing_plugins() is not None, reason=f"{missing_plugins()}")
+@pytest.mark.parametrize(
+    "mesh", [ONE, pytest.param(MeshConfig(tensor=8), marks=pytest.mark.slow)], ids=["one", "eight"]
+)
+def test_a_decode_loop_of_real_size_compiles_with_the_kernels(mesh):
+    """Prompts by flash attention, experts by grouped matmuls; little beside the weights and their bfloat16 copies."""
+    model, batch, prompt, new = fine_grained(num_layers=1), 8, 512, 128
+    plan = MeshPlan.from_config(mesh, h200_devices(math.prod(mesh.degrees()), named_chip("H200")))
+    parts = ModelParts.of(model, plan)
+    state = abstract_state(parts, optax.identity())
+    ids, pad, seed = (
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=plan.sharding(*names))
+        for shape, names in (((batch, prompt), ("batch", None)), ((batch,), ("batch",)), ((), ()))
+    )
+    with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
+        traced = Generator(parts, new).compile().trace(state.params, state.buffers, ids, pad, seed)
+    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    found = kernels_in(compiled.as_text())
+    assert "flash_attention" in found, found
+    assert any(name.startswith("grouped_matmul") for name in found), found
+    routed = batch * prompt * 8 * (model.embed + 3 * model.moe.expert_ffn) * 2
+    memory = compiled.memory_analysis()
+    assert (
+        memory.temp_size_in_bytes < memory.argument_size_in_bytes / 2 * 1.1 + 4 * routed
+    )  # weights again, as bfloat16

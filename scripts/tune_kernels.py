@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,17 +52,18 @@ class Op:
     candidates: Callable[..., list[Any]]
     """of the default and the operands' shapes"""
 
+    @cached_property
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Give the operands' shapes."""
         return jax.eval_shape(self.make, jax.random.key(0))
 
     def lookup(self) -> tuning.Lookup:
         """Ask the kernel what it looks up for these operands."""
-        return tuning.lookup_of(self.kernel, *self.shapes())
+        return tuning.lookup_of(self.kernel, *self.shapes)
 
     def configs(self) -> list[Any]:
         """List what is tried, the default first."""
-        return self.candidates(self.lookup().default, *self.shapes())
+        return self.candidates(self.lookup().default, *self.shapes)
 
 
 def normal(*shapes: tuple[int, ...]) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
@@ -109,7 +110,7 @@ def ops() -> Iterator[Op]:
 
 def attention_ops() -> Iterator[Op]:
     """Yield whole sequences, causal, full and packed, forward and backward."""
-    kinds = ({}, {"causal": False}, {"documents": 6})
+    kinds: tuple[dict[str, Any], ...] = ({}, {"causal": False}, {"documents": 6})
     for length, (heads, kv_heads, dim) in product((4096, 16384), ((16, 16, 128), (64, 8, 128), (16, 16, 64))):
         for kind in kinds:
             yield from _attention(attention.Shape(length, heads, kv_heads, dim, dim, **kind))
@@ -197,8 +198,10 @@ def other_ops() -> Iterator[Op]:
         yield Op(_norm_bwd, normal(x, x[1:], x, x), candidates.rms_norm_bwd)
 
 
-def _lightning_bwd(*operands: jax.Array, config: Any = None) -> Any:
-    return lightning_attention_bwd(*operands[:5], None, *operands[5:], config=config)
+def _lightning_bwd(
+    q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, state: jax.Array, *gradients: Any, **given: Any
+) -> Any:
+    return lightning_attention_bwd(q, k, v, decay, state, None, *gradients, **given)
 
 
 def _norm_bwd(x: jax.Array, scale: jax.Array, dy: jax.Array, *dz: jax.Array, config: Any = None) -> Any:

@@ -69,12 +69,19 @@ def _compile(case: Case, way: str, title: str, inputs: Sequence[Any]) -> Iterato
     with tempfile.TemporaryDirectory() as folder, triton_dumps(folder):
         reports, temporaries = kernel_reports(case.ways[way], *inputs)
         must_multiply = multipliers(reports) if case.matmul else set()
-        for report in sorted(reports, key=lambda report: (len(report.name), report.name)):  # _9 before _10
-            values = {key: value for key, value in asdict(report).items() if key not in ("sass", "ignored_setmaxnreg")}
-            breaches = tuple(report.breaches(report.name in must_multiply))
-            yield Line(title, way, **values, temporaries=temporaries, breaches=breaches)
+        unwanted = ("name", "sass", "ignored_setmaxnreg")
+        for report in sorted(reports, key=number_and_name):
+            values = {key: value for key, value in asdict(report).items() if key not in unwanted}
+            breaches, name = tuple(report.breaches(report.name in must_multiply)), number_and_name(report)[1]
+            yield Line(title, way, name, **values, temporaries=temporaries, breaches=breaches)
         for ptx in sorted(Path(folder).rglob("*.ptx")):
             yield triton_line(title, way, ptx, temporaries)
+
+
+def number_and_name(report: Any) -> tuple[int, str]:
+    """Take the number off a kernel's name: Mosaic numbers all that a process compiles, in the order of the program."""
+    name, _, number = report.name.rpartition("_")
+    return (int(number), name) if name and number.isdigit() else (0, report.name)
 
 
 def multipliers(reports: Sequence[Any]) -> set[str]:

@@ -40,6 +40,8 @@ device_description_str: "NVIDIA H200"
 
 def missing_plugins() -> str | None:
     """Say in one line what must be installed to compile for GPUs on a machine without one; None if it is there."""
+    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
+        return f"compiling for GPUs that are not here wants jax 0.11 and Python 3.12 (here jax {jax.__version__})"
     try:
         found = all(importlib.util.find_spec(name) for name in PLUGINS)
     except ModuleNotFoundError:

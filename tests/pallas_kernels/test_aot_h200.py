@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(missing_plugins() is not None, reason=str(missin
 QUICK = {
     "attention: forward and backward causal S=4096 D=128 heads 64/8 [mosaic]",
     "attention: forward causal window=1024 6 documents S=4096 D=128 heads 64/8 [mosaic]",
-    "decode: paged B=8 T=1 S=4096 heads 32/8 D=128 pages of 16 [mosaic]",
     "decode: paged B=32 T=4 S=4096 heads 32/8 D=128 pages of 64 [mosaic]",
     "decode: latent B=32 T=1 S=4096 heads 128/1 D=576 pages of 64 [mosaic]",
     "fused: RMSNorm backward 8192x8192 [mosaic]",

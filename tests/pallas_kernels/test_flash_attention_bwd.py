@@ -1,13 +1,17 @@
 """Do the two backward kernels give the gradients of softmax attention, whoever may see whom?"""
 
 import functools
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.test_util import check_grads
 
+from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention_bwd import Config, flash_attention_bwd
+from pallas_kernels.target import Declined
 from tests.pallas_kernels.attention_reference import dense_attention
 from tests.pallas_kernels.conftest import assert_accurate
 from tests.pallas_kernels.test_flash_attention import documents, inputs, normal
@@ -80,3 +84,23 @@ def test_the_reference_agrees_with_finite_differences():
         arrays = [jnp.asarray(rng.standard_normal((1, 5, heads, 4))) for heads in (2, 1, 1)]
         attention = functools.partial(dense_attention, softcap=2.0, window=3, sinks_N=jnp.array([0.3, -1.0]))
         check_grads(attention, arrays, order=1, modes=["rev"])
+
+
+@pytest.mark.usefixtures("untraced")
+def test_what_the_forward_takes_the_backward_takes():
+    """A backward pass that declines would come too late for another way."""
+    refused = set()
+    for dims, dtype in product(product((32, 64, 128, 192, 256), repeat=2), (jnp.bfloat16, jnp.float16)):
+        for causal, packed in product((True, False), repeat=2):
+            q, k, v = (jax.ShapeDtypeStruct((1, 300, 2, dim), dtype) for dim in (dims[0], *dims))
+            row = jax.ShapeDtypeStruct((1, 300, 2), jnp.float32)
+            ids = [jnp.zeros((1, 300), jnp.int32)] * packed
+            options = dict(zip(("q_segments_BT", "k_segments_BS"), ids * 2, strict=False), causal=causal)
+            try:
+                o, lse = jax.eval_shape(functools.partial(flash_attention, **options), q, k, v)
+            except Declined:
+                refused.add(dims)
+                continue
+            assert lse == row
+            jax.eval_shape(functools.partial(flash_attention_bwd, **options), q, k, v, o, row, row)
+    assert refused == {dims for dims in product((32, 64, 128, 192, 256), repeat=2) if {32, 256} & {*dims}}

@@ -102,13 +102,15 @@ class TestPaged:
 )
 def test_what_has_no_tiles_is_declined_by_value_and_rule(change, message):
     pages = make_pages(0, [5], [1], 1, **{"dim": 64, "page": 64, "dtype": "bfloat16", **change})
-    with pytest.raises(Declined, match=message + '; use "xla"'):
+    with pytest.raises(Declined, match=message + '; use implementation="xla"'):
         paged.paged_attention(*pages)
 
 
 def test_latent_attention_declines_other_dims():
     pages = make([5], [1], heads=4, kv_heads=1, dim=80, page=64)
-    with pytest.raises(Declined, match=r'value dim \(64\) of latent dim \(80\) must be 128, 256 or 512.*use "xla"'):
+    with pytest.raises(
+        Declined, match=r'value dim \(64\) of latent dim \(80\) must be 128, 256 or 512.*use implementation="xla"'
+    ):
         latent.latent_attention(pages.q, pages.k[:, :, 0], *pages[3:], value_dim=64, scale=0.1)
 
 

@@ -171,7 +171,7 @@ def test_matmul_is_machine_code_of_older_chips_too(kind: str, target: str, limit
 
 def test_what_a_kernel_cannot_take_is_declined_with_the_reason():
     x, w, sizes = S((8, 32), BF16), S((2, 32, 16), BF16), S((2,), jnp.int32)
-    with pytest.raises(Declined, match=r"must be an NVIDIA GPU: use implementation='xla'"):
+    with pytest.raises(Declined, match=r'must be an NVIDIA GPU: use implementation="xla"'):
         jax.eval_shape(grouped_matmul.grouped_matmul, x, w, sizes)
     with pytest.raises(Declined, match=r"must contract x's columns \(8, 32\) in dim 2"):
         jax.eval_shape(lambda *a: grouped_matmul.grouped_matmul(*a, transpose_w=True), x, w, sizes)

@@ -35,6 +35,7 @@ def _case(name: str, shape: Shape, arrays: int, flops: float, **kwargs: Any) -> 
 
 
 def make_inputs(shape: Shape, backward: bool, packed: bool, key: jax.Array) -> tuple[Any, ...]:
+    """Give q, k, v, the decay and the first state; packed: document ids; for the backward do and dstate."""
     batch, length, heads, dim = shape
     keys = jax.random.split(key, 6)
     q, k, v, do = (jax.random.normal(each, shape, jnp.bfloat16) for each in keys[:4])

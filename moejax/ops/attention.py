@@ -80,7 +80,7 @@ def attention(
     def vjp(way: str) -> Callable[..., Array]:
         def run(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
             if drop is not None:
-                raise Declined(f'attention dropout needs implementation = "reference" or "auto", not "{way}"')
+                raise Declined(f'attention dropout needs implementation="reference" or "auto", not "{way}"')
             leaves, tree = jax.tree.flatten((q, k, v, mask, sinks))
             leaves = to_common_axes(*map(jnp.asarray, leaves))
             return _attend(way, scoring, *jax.tree.unflatten(tree, leaves))
@@ -280,7 +280,7 @@ def _cudnn(scoring: Scoring, q: Array, k: Array, v: Array, mask: Mask, sinks_N: 
         f"the device {target().kind}": not target().is_gpu,
     }
     if found := [what for what, there in asked.items() if there]:
-        raise Declined(f'cudnn cannot do {", ".join(found)}; use implementation = "mosaic" or "xla"')
+        raise Declined(f'cudnn cannot do {", ".join(found)}; use implementation="mosaic" or "xla"')
     window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=scoring.scale, is_causal=mask.causal, local_window_size=window, implementation="cudnn"

@@ -138,7 +138,7 @@ def test_what_cannot_be_planned_is_one_line(tmp_path):
 
 def test_a_missing_plugin_is_one_line_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(target, "PLUGINS", ("no_such_plugin",))
-    with pytest.raises(ValueError, match="bash scripts/venv.sh aot, or pip install jax-cuda13-plugin==|wants jax 0.11 and Python 3.12"):
+    with pytest.raises(ValueError, match=r"bash scripts/venv\.sh aot, or pip install|wants jax 0\.11 and Python 3\.12"):
         plan.main(["--smoke", "--compile", "--out", str(tmp_path / "none")])
 
 

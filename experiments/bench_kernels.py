@@ -48,6 +48,9 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     if options.smoke or options.compile:
         os.environ["JAX_PLATFORMS"] = "cpu"
+    if options.smoke and "host_platform_device_count" not in (flags := os.environ.get("XLA_FLAGS", "")):
+        # With more threads than cores: the interpreter's kernels wait in them for one another.
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch's peers want memory beside jax
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
     try:

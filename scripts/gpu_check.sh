@@ -31,7 +31,9 @@ PYTHON="${PYTHON:-$(if [ -x .venv/bin/python ]; then echo .venv/bin/python; else
 seconds="${GPU_CHECK_SECONDS:-500}"
 margin=45 # for what was begun within the budget
 export PYTHONUNBUFFERED=1
-if [ -n "$dry" ]; then export JAX_PLATFORMS=cpu margin=600; fi
+if [ -n "$dry" ]; then # with more threads than cores: the interpreter's kernels wait in them for one another
+    export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8" margin=600
+fi
 mkdir -p "$out"
 if [ -n "$earlier" ]; then cp -n "$earlier"/*.jsonl "$out"/ 2>/dev/null || true; fi
 if compgen -G ".whl/*.whl" >/dev/null; then

@@ -92,7 +92,7 @@ def check(case: Case, way: str, reference: Any) -> float:
     inputs = jax.jit(case.make)(jax.random.key(17))
     with runner.interpreter() if DRY and way == "mosaic" else contextlib.nullcontext():
         kernel = jax.jit(case.ways[way])
-        # One after the other: two programs at once in the interpreter wait for each other's threads for ever.
+        # One after the other: two kernels at once in the interpreter can wait for each other's threads for ever.
         out, again = (jax.block_until_ready(kernel(*inputs)) for _ in range(2))
     plain = jax.jit(reference)(*inputs)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs)

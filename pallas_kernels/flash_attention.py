@@ -78,7 +78,7 @@ class Options:
 
     def cap(self, s: Array) -> Array:
         """Bound raw products softly: tanh(s * scale / softcap), still to be multiplied by `factor`."""
-        return s if self.softcap is None else jnp.tanh(s * (self.scale / self.softcap))
+        return s if self.softcap is None else mosaic.tanh(s * (self.scale / self.softcap))
 
 
 def flash_attention(

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
+from pallas_kernels.group_tiles import tile_map
 from pallas_kernels.grouped_tiles import (
     WIDTH,
     Config,
@@ -41,7 +42,6 @@ from pallas_kernels.grouped_tiles import (
     place_of,
     ring_barriers,
     store_rows,
-    tile_map,
 )
 from pallas_kernels.mosaic import matrix
 from pallas_kernels.target import INSTEAD, Declined, target

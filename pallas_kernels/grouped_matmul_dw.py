@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
+from pallas_kernels.group_tiles import group_ends
 from pallas_kernels.grouped_tiles import (
     WIDTH,
     Config,
@@ -26,7 +27,6 @@ from pallas_kernels.grouped_tiles import (
     check_groups,
     cluster_of,
     for_my_tiles,
-    group_ends,
     place_of,
     ring_barriers,
 )

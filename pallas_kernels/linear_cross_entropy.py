@@ -178,8 +178,8 @@ def _reduce(
 ) -> tuple[Array, Array, Array]:
     """Reduce a warpgroup's logits to three numbers a row; columns from `remaining` on are not of the vocabulary."""
     columns = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
-    if softcap is not None:  # by exp2: the chip's own tanh has 11 bits
-        logits = softcap - 2 * softcap / (1 + jnp.exp2(logits * (2 * mosaic.LOG2E / softcap)))
+    if softcap is not None:
+        logits = softcap * mosaic.tanh(logits / softcap)
     wide = partial(lax.broadcast_in_dim, shape=logits.shape, broadcast_dimensions=[0])
     of_target = jnp.where(columns == wide(target), logits, 0.0).sum(axis=1)
     if vocab % logits.shape[1]:  # zeros were copied there

@@ -14,6 +14,7 @@ the order of its sums by the array's shape. (Flash-decoding; arXiv 2205.14135, 2
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -420,7 +421,7 @@ def scores_of(call: Call, q_smem: Any, k_smem: Any) -> Array:
     s = pl.run_scoped(product, plgpu.ACC((ROWS, k_smem.shape[0]), jnp.float32))
     if call.softcap is None:
         return s * (call.scale * LOG2E)
-    return jnp.tanh(s * (call.scale / call.softcap)) * (call.softcap * LOG2E)
+    return mosaic.tanh(s * (call.scale / call.softcap)) * (call.softcap * LOG2E)
 
 
 def masked_scores(call: Call, span: Span, row_tile: Array, token: Array, s: Array) -> Array:
@@ -494,7 +495,7 @@ def merge(
 
     Log-sum-exps and sinks are in base 2. What stands in splits that a sequence does not have is not used.
     """
-    together = max(1, 128 // o_BKSRU.shape[4])
+    together = 128 // math.gcd(128, o_BKSRU.shape[4])
     lengths = (lengths_B, query_lengths_B)
     while o_BKSRU.shape[2] > fan_in:
         level = _Level(split, fan_in, window, group, o_BKSRU.shape[3], together, jnp.float32)

@@ -64,7 +64,7 @@ def _norm(shape: tuple[int, int]) -> Case:
         2,
         ">= 0.93 of the copy's speed",
         make=_draw(shape, shape[1:]),
-        ways={"xla": functools.partial(rms_norm, eps=EPS)},
+        ways={"xla": functools.partial(rms_norm, eps=EPS, implementation="xla")},
         torch_ways={"compile": compiled_torch(torch_norm)},
     )
 
@@ -74,7 +74,7 @@ def _norm_backward(shape: tuple[int, int]) -> Case:
     from moejax.ops.norm import rms_norm
 
     def xla(x: jax.Array, scale: jax.Array, dy: jax.Array) -> Any:
-        return jax.vjp(lambda x, scale: rms_norm(x, scale, EPS), x, scale)[1](dy)
+        return jax.vjp(lambda x, scale: rms_norm(x, scale, EPS, implementation="xla"), x, scale)[1](dy)
 
     def mosaic(x: jax.Array, scale: jax.Array, dy: jax.Array) -> Any:
         from pallas_kernels.rms_norm import rms_norm_bwd

@@ -52,20 +52,6 @@ def cases(dry: bool = False) -> list[Case]:
                 compiled = not skew and (layer.ffn, tokens) in ((768, 1), (768, 128), (14336, 1), (14336, 32))
                 found.append(_forward(replace(layer, tokens=tokens, skew=skew), compiled=compiled))
     return found + moe_layer.cases(dry) + moe_permute.cases(dry)
-    wide = Shape(6144, 4096, 256, 8, 32768)  # of the published grouped matmuls
-    found = [_product(wide, compiled=False), _product(replace(wide, skew=1.0), compiled=False)]
-    for layer in LAYERS:
-        for tokens in (8192, 32768):
-            for skew in (0.0, 1.0):
-                shape = replace(layer, tokens=tokens, skew=skew)
-                # The code that differs: tiles 256 columns wide, and 192.
-                compiled = tokens == 32768 and not skew and layer.ffn in (1024, 768)
-                found += [make(shape, compiled=compiled) for make in kinds]
-        for tokens in (1, 8, 32, 128):
-            for skew in (0.0, 1.0) if tokens > 1 else (0.0,):
-                compiled = not skew and layer.ffn in (768, 14336)
-                found.append(_forward(replace(layer, tokens=tokens, skew=skew), compiled=compiled))
-    return found + moe_layer.cases() + moe_permute.cases()
 
 
 def _make(shape: Shape, wanted: str, key: jax.Array) -> tuple[jax.Array, ...]:

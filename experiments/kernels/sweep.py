@@ -80,6 +80,8 @@ class Results:
             elif "died" in said:
                 row, reason = said["died"]
                 self._bury({row: begun.pop(row, "")}, reason)
+            elif "failed" in said:
+                begun.pop(said["failed"][0], None)
             elif "row" in said:
                 self.rows[said["row"]["name"]] = said["row"]
                 begun.pop(said["row"]["name"], None)

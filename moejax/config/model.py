@@ -44,9 +44,9 @@ class AttentionConfig:
     """dropout rate of attention probabilities"""
     window: Count | None = None
     """a query sees so many keys, its own included (sliding window, arXiv 2310.06825); none: all before it"""
-    implementation: Literal["auto", "mosaic", "cudnn", "xla", "reference"] = "auto"
-    """mosaic: flash attention on Hopper; cudnn: on GPUs, without packed documents; xla: by blocks; reference: all
-    scores in memory; auto: mosaic on Hopper where it can, else xla"""
+    implementation: Literal["auto", "mosaic", "xla", "reference"] = "auto"
+    """mosaic: flash attention on Hopper; xla: by blocks; reference: all scores in memory; auto: mosaic on Hopper where
+    it can, else xla"""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -66,18 +66,24 @@ def attention(
 ) -> Float[Array, "B T N U"]:
     """Attend by the named implementation.
 
-    "reference": all scores in memory; "xla": by blocks, O(T) memory; "mosaic": flash attention on Hopper; "cudnn":
-    whole causal sequences without segments. "auto": mosaic on Hopper, else xla; the reference for attention dropout and
-    for a few queries against a cache. ValueError for another name, Declined where the named one cannot.
+    "reference": all scores in memory; "xla": whole sequences by blocks, O(T) memory, others as the reference; "mosaic":
+    flash attention on Hopper; "cudnn": whole sequences without segments. "auto": mosaic on Hopper, else xla; the
+    reference for attention dropout. ValueError for another name, Declined where the named one cannot.
     """
     length, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
 
+    def reference(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
+        return naive_attention(q, k, v, mask.dense(length, num_keys), drop, scoring, sinks)
+
     def order(chip: Target) -> Sequence[str]:
-        by_blocks = drop is None and 1 < length == num_keys
+        by_blocks = drop is None and length > 1 and mask.is_of_whole_sequences(length, num_keys)
         kernel = chip.is_hopper and drop is None and length >= FEW
         return [*(["mosaic"] if kernel else []), "xla" if by_blocks else "reference"]
 
     def vjp(way: str) -> Callable[..., Array]:
+        if way == "xla" and not mask.is_of_whole_sequences(length, num_keys):
+            return reference  # a few queries against a cache: their scores are few
+
         def run(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
             if drop is not None:
                 raise Declined(f'attention dropout needs implementation="reference" or "auto", not "{way}"')
@@ -86,9 +92,6 @@ def attention(
             return _attend(way, scoring, *jax.tree.unflatten(tree, leaves))
 
         return run
-
-    def reference(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
-        return naive_attention(q, k, v, mask.dense(length, num_keys), drop, scoring, sinks)
 
     ways = {"mosaic": vjp("mosaic"), "cudnn": functools.partial(_cudnn, scoring), "xla": vjp("xla")}
     ways["reference"] = reference
@@ -272,10 +275,9 @@ def _cudnn(scoring: Scoring, q: Array, k: Array, v: Array, mask: Mask, sinks_N: 
     """Attend by cuDNN's flash attention, which knows no segments (a dense mask would cost it 2.5 times as much)."""
     asked = {
         "segments": mask.q_segments_BT is not None,
-        "several runs": len(mask.q_starts) + len(mask.k_starts) > 2,
+        "a part of a sequence": not mask.is_of_whole_sequences(q.shape[1], k.shape[1]),
         "sinks": sinks_N is not None,
         "a softcap": scoring.softcap is not None,
-        f"{q.shape[1]} queries on {k.shape[1]} keys": q.shape[1] != k.shape[1],
         f"{q.dtype}": q.dtype not in (jnp.float16, jnp.bfloat16),
         f"the device {target().kind}": not target().is_gpu,
     }

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from moejax.compat import vary_like
 from pallas_kernels.target import Declined, Target, target
-
-IMPLEMENTATIONS = ("auto", "mosaic", "triton", "cudnn", "xla")
-"""What a config may name; an op may have references beside them, by names of its own."""
 
 Way = Callable[..., Any]
 
@@ -57,7 +56,7 @@ def call(kernel: Way, *args: Any, **kwargs: Any) -> Any:
     over devices. A kernel takes long to trace: one is traced once for all calls with the same shapes and options.
     """
     named = {str(i): x for i, x in enumerate(args)} | kwargs
-    arrays = {name: x for name, x in named.items() if isinstance(x, jax.Array)}
+    arrays = {name: jnp.asarray(x) for name, x in named.items() if isinstance(x, (jax.Array, np.ndarray))}
     options = tuple((name, x) for name, x in named.items() if name not in arrays)
     outputs = _traced_once(kernel, options)(arrays)
     return jax.tree.map(lambda y: vary_like(y, *arrays.values()), outputs)

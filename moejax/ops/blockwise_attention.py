@@ -126,13 +126,9 @@ def blockwise(
     mask: Mask,
     scoring: Scoring = PLAIN,
 ) -> Partial:
-    """Attend a block of queries at a time, each against the keys that causality leaves (arXiv 2205.14135).
-
-    Raises ValueError where there are not as many keys as queries.
-    """
+    """Attend a block of queries at a time, each against the keys that causality leaves (arXiv 2205.14135)."""
     length = q_BTNH.shape[1]
-    if k_BSKH.shape[1] != length:
-        raise ValueError(f"blockwise attention needs as many keys ({k_BSKH.shape[1]}) as queries ({length})")
+    assert k_BSKH.shape[1] == length, "query i stands beside key i"
     if wants_delta(length):
         return _long(q_BTNH, k_BSKH, v_BSKU, mask, scoring)
     parts = []

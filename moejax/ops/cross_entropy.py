@@ -105,7 +105,7 @@ def linear_cross_entropy(
 
 def logits_block(num_tokens: int, vocab: int, width: int) -> int:
     """Give how much of the vocabulary is taken at a time: all of it where its logits, `width` bytes each, are few."""
-    fitting = BLOCK_BYTES // (num_tokens * width)
+    fitting = BLOCK_BYTES // max(num_tokens * width, 1)
     return vocab if fitting >= vocab else max(fitting // 128 * 128, 1024)
 
 

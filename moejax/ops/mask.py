@@ -40,6 +40,11 @@ class Mask:
         """Let whole sequences attend to themselves."""
         return cls(segments_BT, segments_BT, window=window)
 
+    def is_of_whole_sequences(self, num_queries: int, num_keys: int) -> bool:
+        """Say whether query i stands beside key i, as far as shapes tell: one run each, from 0 on."""
+        starts = (*self.q_starts, *self.k_starts)
+        return num_queries == num_keys and len(starts) == 2 and all(isinstance(x, int) and x == 0 for x in starts)
+
     def dense(self, num_queries: int, num_keys: int) -> Bool[Array, "b T S"]:
         """Write the mask out; b is 1 where there are no segments."""
         q_index_1T, k_index_1S = (

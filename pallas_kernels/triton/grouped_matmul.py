@@ -7,11 +7,11 @@ the last run form a group of no expert, whose tiles write zeros.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.group_tiles import group_ends, num_tiles, tile_map
 from pallas_kernels.target import INSTEAD, Declined, target
 from pallas_kernels.triton.call import Launch, capability, triton_call
 from pallas_kernels.tuning import bucket, op_name, tuned
@@ -39,34 +39,6 @@ class Config:
     """row tiles whose columns are swept together"""
 
 
-class Tiles(NamedTuple):
-    """Which rows [first, end) of which expert a tile is; first == end for a tile too many."""
-
-    expert_T: Array
-    first_T: Array
-    end_T: Array
-
-
-def tile_map(group_sizes_E: Array, num_rows: int, rows: int) -> Tiles:
-    """Cut every expert's run into tiles of `rows` rows, and the rows after the last run (expert E) too."""
-    size_G = jnp.append(group_sizes_E, num_rows - group_sizes_E.sum()).astype(jnp.int32)
-    end_G = jnp.cumsum(size_G)
-    tiles_G = -(-size_G // rows)
-    last_G = jnp.cumsum(tiles_G)
-    tile_T = jnp.arange(num_tiles(group_sizes_E.size, num_rows, rows), dtype=jnp.int32)
-    expert_T = jnp.searchsorted(last_G, tile_T, side="right").astype(jnp.int32)
-    own_T = jnp.minimum(expert_T, size_G.size - 1)
-    first_T = end_G[own_T] - size_G[own_T] + (tile_T - (last_G - tiles_G)[own_T]) * rows
-    end_T = jnp.minimum(first_T + rows, end_G[own_T])
-    there_T = tile_T < last_G[-1]
-    return Tiles(own_T, jnp.where(there_T, first_T, 0), jnp.where(there_T, end_T, 0))
-
-
-def num_tiles(num_experts: int, num_rows: int, rows: int) -> int:
-    """Bound the tiles: every group may end in one that is not full, and no tile is empty."""
-    return min(num_rows, num_rows // rows + num_experts + 1)
-
-
 def grouped_matmul(
     x_RD: Array, w_EDF: Array, group_sizes_E: Array, *, transpose_w: bool = False, config: Config | None = None
 ) -> Array:
@@ -81,9 +53,9 @@ def grouped_matmul(
         op = op_name("triton grouped_matmul", transpose_w=transpose_w)
         config = tuned(op, target().kind, bucket(x_RD, w_EDF), default)
     out = jax.ShapeDtypeStruct((x_RD.shape[0], width), x_RD.dtype)
-    tiles = tile_map(group_sizes_E, x_RD.shape[0], config.rows)
+    tiles_T3, _ = tile_map(group_sizes_E, x_RD.shape[0], config.rows)
     launch = forward_launch(x_RD.shape, width, w_EDF.shape[0], transpose_w, config)
-    return triton_call("grouped_matmul_kernel", x_RD, w_EDF, *tiles, out=out, launch=launch)
+    return triton_call("grouped_matmul_kernel", x_RD, w_EDF, tiles_T3, out=out, launch=launch)
 
 
 def forward_launch(x_shape: Sequence[int], width: int, num_experts: int, transpose_w: bool, config: Config) -> Launch:
@@ -111,10 +83,10 @@ def grouped_matmul_dw(x_RD: Array, dy_RF: Array, group_sizes_E: Array, *, config
         default = default_config(x_RD.shape[0], 1, x_RD.dtype, capability())
         operands = bucket(x_RD, dy_RF, group_sizes_E)
         config = tuned("triton grouped_matmul_dw", target().kind, operands, default)
-    end_E = jnp.cumsum(group_sizes_E).astype(jnp.int32)
+    end_E = group_ends(group_sizes_E, x_RD.shape[0])
     out = jax.ShapeDtypeStruct((group_sizes_E.size, x_RD.shape[1], dy_RF.shape[1]), x_RD.dtype)
     launch = dw_launch(x_RD.shape[1], dy_RF.shape[1], group_sizes_E.size, config)
-    first_E = end_E - group_sizes_E.astype(jnp.int32)
+    first_E = jnp.concatenate([jnp.zeros((1,), jnp.int32), end_E[:-1]])
     return triton_call("grouped_matmul_dw_kernel", x_RD, dy_RF, first_E, end_E, out=out, launch=launch)
 
 

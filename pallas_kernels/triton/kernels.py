@@ -12,9 +12,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 def grouped_matmul_kernel(
     x_RD,
     w_E,
-    expert_T,
-    first_T,
-    end_T,
+    tiles_T3,
     y_RF,
     depth: tl.constexpr,
     width: tl.constexpr,
@@ -34,9 +32,10 @@ def grouped_matmul_kernel(
     in_band = min(num_tiles - band_first, band)
     inside = program % (band * num_columns)
     tile = band_first + inside % in_band
-    first, end = tl.load(first_T + tile).to(tl.int64), tl.load(end_T + tile).to(tl.int64)
+    first = tl.load(tiles_T3 + 3 * tile + 1).to(tl.int64)
+    end = first + tl.load(tiles_T3 + 3 * tile + 2)
     if first < end:
-        expert = tl.load(expert_T + tile).to(tl.int64)
+        expert = tl.load(tiles_T3 + 3 * tile).to(tl.int64)
         row = first + tl.arange(0, rows)
         col = inside // in_band * columns + tl.arange(0, columns)
         k = tl.arange(0, step)

@@ -273,14 +273,22 @@ def test_auto_takes_blocks_for_whole_sequences_and_naive_for_dropout_and_decodin
 
 def test_what_a_way_cannot_do_is_refused_by_name():
     q, k, v = draw(dtype="float32")
-    with pytest.raises(ValueError, match=r"as many keys \(13\) as queries \(5\)"):
-        by_blocks(q[:, :5], k, v, Mask(segments()[:, :5], segments()))
     with pytest.raises(Declined, match="attention dropout needs"):
         by_blocks(q, k, v, MASK, drop=lambda p: p)
     with pytest.raises(Declined, match="cudnn cannot do segments, float32, the device cpu; use"):
         attention(q, k, v, MASK, implementation="cudnn")
     with pytest.raises(ValueError, match='implementation "fast" must be one of auto, mosaic, cudnn, xla, reference'):
         attention(q, k, v, MASK, implementation="fast")
+
+
+def test_parts_of_sequences_are_what_their_places_say_in_every_way(x64):
+    """As many queries as keys, but not beside them: blocks would hide the wrong half."""
+    q, k, v = draw(length=16)
+    shifted, runs = Mask(q_starts=(10,)), Mask(q_starts=(4, 24), k_starts=(0, 8))
+    for mask in (shifted, runs, Mask(k_starts=(3,))):
+        expected = by_reference(q, k, v, mask)
+        for way in ("auto", "xla"):
+            assert_close(attention(q, k, v, mask, implementation=way), expected)
 
 
 # --- parts of the keys

@@ -16,6 +16,7 @@ import pytest
 
 from experiments.kernels import compiled, runner, sweep
 from experiments.kernels.case import Case
+from moejax.accounting.kernels import h200_mesh
 from moejax.accounting.target import missing_plugins
 
 pytestmark = pytest.mark.skipif(missing_plugins() is not None, reason=str(missing_plugins()))
@@ -56,6 +57,18 @@ def test_kernels_compile_well(case: Case, way: str, apart: Executor):
     assert all(line.name or line.note == compiled.KNOWN for line in lines), lines
     used, most = max(line.temporaries for line in lines), most_temporaries(case)
     assert used <= most, f"{used / MEBIBYTE:,.1f} MiB of temporaries, not {most / MEBIBYTE:,.1f}"
+
+
+@pytest.mark.parametrize("family", sweep.FAMILIES)
+def test_what_kernels_are_compared_with_holds_none(family: str):
+    """A reference that takes "auto" would be the kernel itself, on the very chip where they are compared."""
+    with jax.sharding.use_abstract_mesh(h200_mesh().abstract_mesh):
+        for case in sweep.cases_of(family, dry=False):
+            if case.compiled:
+                inputs = jax.eval_shape(case.make, jax.random.key(0))
+                for way in set(runner.REFERENCES) & set(case.ways):
+                    text = str(jax.make_jaxpr(case.ways[way])(*inputs))
+                    assert "custom_vmap_call" not in text and "mpmd_map" not in text, f"{case.name}: {way}"
 
 
 def most_temporaries(case: Case) -> float:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from pallas_kernels.group_tiles import tile_map
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_pair
 from pallas_kernels.grouped_matmul_dw import grouped_matmul_dw
 from pallas_kernels.grouped_swiglu import grouped_swiglu, grouped_swiglu_bwd
-from pallas_kernels.grouped_tiles import Config, default_config, place_of, tile_map
+from pallas_kernels.grouped_tiles import Config, default_config, place_of
 from pallas_kernels.target import Declined
 from tests.pallas_kernels.conftest import assert_accurate
 

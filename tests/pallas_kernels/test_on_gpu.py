@@ -61,7 +61,7 @@ def test_kernel_is_accurate_on_the_chip(
         pytest.skip("no NVIDIA GPU here")
     name = request.node.callspec.id
     if name in results.rows:
-        pytest.skip("passed in an earlier run")
+        pytest.skip("passed, or declined, in an earlier run")
     if name in results.dead:
         pytest.fail(str(results.dead[name]))
     if not deadline.allows_another():
@@ -73,13 +73,13 @@ def test_kernel_is_accurate_on_the_chip(
         try:
             error = check(case, way, reference)
         except Declined as reason:
+            results.add(row={"name": name, "declined": str(reason)})
             pytest.skip(f"declined: {reason}")
         except Exception as error:
             if runner.is_fatal(error):  # whatever follows in this process would fail too
                 results.add(died=[name, runner.in_a_line(error)])
                 os._exit(sweep.AGAIN)
-            results.add(row={"name": name})
-            del results.rows[name]
+            results.add(failed=[name, runner.in_a_line(error)])  # it fails again in every run
             raise
     results.add(row={"name": name, "error": error})
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.group_tiles import group_ends, tile_map
 from pallas_kernels.triton import grouped_matmul, kernels, permute
 from pallas_kernels.triton.call import Launch
 
@@ -76,17 +77,18 @@ def launched(kernel: Any, arrays: list[Any], shape: tuple[int, ...], launch: Lau
 def forward(x: np.ndarray, w: np.ndarray, sizes: np.ndarray, transpose_w: bool) -> np.ndarray:
     config = grouped_matmul.Config(rows=16, columns=32, step=16, band=2)
     width = w.shape[1 if transpose_w else 2]
-    tiles = [np.asarray(t) for t in grouped_matmul.tile_map(jnp.asarray(sizes), x.shape[0], config.rows)]
+    tiles = np.asarray(tile_map(jnp.asarray(sizes), x.shape[0], config.rows)[0])
     launch = grouped_matmul.forward_launch(x.shape, width, len(sizes), transpose_w, config)
-    return launched(kernels.grouped_matmul_kernel, [x, w, *tiles], (x.shape[0], width), launch)
+    return launched(kernels.grouped_matmul_kernel, [x, w, tiles], (x.shape[0], width), launch)
 
 
 def dw(x: np.ndarray, dy: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     config = grouped_matmul.Config(rows=16, columns=32, step=16)
-    end = np.cumsum(sizes).astype(np.int32)
+    end = np.asarray(group_ends(jnp.asarray(sizes), x.shape[0]))
+    first = np.append(0, end[:-1]).astype(np.int32)
     launch = grouped_matmul.dw_launch(x.shape[1], dy.shape[1], len(sizes), config)
     shape = (len(sizes), x.shape[1], dy.shape[1])
-    return launched(kernels.grouped_matmul_dw_kernel, [x, dy, end - sizes, end], shape, launch)
+    return launched(kernels.grouped_matmul_dw_kernel, [x, dy, first, end], shape, launch)
 
 
 def gather(x: np.ndarray, index: np.ndarray) -> np.ndarray:

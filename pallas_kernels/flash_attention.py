@@ -107,7 +107,7 @@ def flash_attention(
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     op = op_name("flash_attention", causal=causal, segments=q_segments_BT is not None)
     default = default_config(q_BTNH.shape[3], v_BSKU.shape[3])
-    config = config or tuned(op, target().kind, bucket(q_BTNH, k_BSKH, v_BSKU), default)
+    config = config or tuned(op, target().kind, bucket(q_BTNH, k_BSKH, v_BSKU, batched=True), default)
     offset_1 = jnp.asarray(0 if offset is None else offset, jnp.int32).reshape(1)
     blocks = (config.block_q, config.block_kv)
     walks = block_walks((length, keys), blocks, offset_1[0], q_segments_BT, k_segments_BS, options)

@@ -108,7 +108,7 @@ def flash_attention_bwd(
     if do_BTNU.shape != (*rows_BTN, value_dim) or not lse_BTN.shape == delta_BTN.shape == rows_BTN:
         raise ValueError(f"do {do_BTNU.shape}, lse {lse_BTN.shape}, delta {delta_BTN.shape} must be [B, T, N, (U)]")
     op = op_name("flash_attention_bwd", causal=causal, segments=q_segments_BT is not None)
-    operands = bucket(q_BTNH, k_BSKH, v_BSKU)
+    operands = bucket(q_BTNH, k_BSKH, v_BSKU, batched=True)
     config = config or tuned(op, target().kind, operands, default_config(dim, value_dim))
     check_config(config, dim, value_dim)
     rows = math.lcm(config.block, config.dkv_block)

@@ -22,12 +22,13 @@ CHIPS = ("GH200", "H200", "H100", "H800", "H20", "A100", "L40S", "L40", "L4")
 """Looked for in this order in the device's name, so that one entry serves every card of a chip."""
 
 
-def bucket(*arrays: jax.Array | jax.ShapeDtypeStruct) -> str:
+def bucket(*arrays: jax.Array | jax.ShapeDtypeStruct, batched: bool = False) -> str:
     """Name the bucket of some operands: "bfloat16 8192x2048 64x2048x1024 64".
 
     Sizes over 1024 are rounded up to powers of two; smaller ones stay: head dims, experts and heads choose the code.
+    batched: the first dim, of sequences, is left out.
     """
-    sizes = ("x".join(str(_rounded(size)) for size in x.shape) for x in arrays)
+    sizes = ("x".join(str(_rounded(size)) for size in x.shape[batched:]) for x in arrays)
     return " ".join([jnp.dtype(arrays[0].dtype).name, *sizes])
 
 

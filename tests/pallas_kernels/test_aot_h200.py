@@ -29,7 +29,6 @@ QUICK = {
     "fused: RMSNorm backward 8192x8192 [mosaic]",
     "fused: linear cross-entropy forward 8192x4096x131072 [mosaic]",
     "lightning: backward 1x65536 heads 32 D=128 [mosaic]",
-    "moe: whole layer and gradients d=2048 n=768 E=128 k=8 T=32768 uniform [mosaic]",
     "moe: whole decode layer d=2048 n=768 E=128 k=8 T=32 uniform [mosaic]",
 }
 MEBIBYTE = 2**20

@@ -128,7 +128,7 @@ def test_a_mask_of_runs_sees_as_their_places_in_the_sequence_say():
         Mask(window=4, causal=False)
 
 
-@pytest.mark.parametrize(("kv_heads", "mask"), zip((1, 2, 4, 2), MASKS.values(), strict=True), ids=MASKS)
+@pytest.mark.parametrize(("kv_heads", "mask"), [*zip((1, 2, 4, 2), MASKS.values(), strict=True)], ids=MASKS)
 def test_every_way_and_its_gradients_match_the_reference(x64, attend_by, kv_heads, mask):
     arrays = draw(kv_heads=kv_heads)
     assert_close(with_gradients(attend_by, *arrays, mask), with_gradients(by_reference, *arrays, mask))

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from experiments import cli
 
@@ -28,32 +29,17 @@ def main(argv: list[str]) -> int:
 
     from moejax.models import ModelParts
     from moejax.parallel.plan import MeshPlan
-    from moejax.serve.generate import Generator, pad_prompts
-    from moejax.serve.sampling import Sampling
+    from moejax.serve.generate import pad_prompts
 
     options, config = arguments.options, arguments.config
     plan = MeshPlan.from_config(config.mesh.for_decoding())
     parts = ModelParts.of(config.model, plan)
-    params, buffers = parts.init(config.train.seed)
+    state = parts.init(config.train.seed)
     prompts = np.random.default_rng(0).integers(0, config.model.vocab, (options.batch, options.prompt)).tolist()
-    ids_BT, pad_B = pad_prompts(prompts, plan.degree("batch"))
-
-    def timed(new: int) -> tuple[list[float], float]:
-        """Time whole calls that write `new` tokens."""
-        began = time.perf_counter()
-        program = Generator(parts, new, Sampling(temperature=0.0)).compile()
-        call = program.lower(params, buffers, ids_BT, pad_B, np.int32(0)).compile()
-        compile_s = time.perf_counter() - began
-        seconds = []
-        for _ in range(options.iterations + 1):
-            began = time.perf_counter()
-            jax.block_until_ready(call(params, buffers, ids_BT, pad_B, np.int32(0)))
-            seconds.append(time.perf_counter() - began)
-        return seconds[1:], compile_s
-
+    inputs = (*state, *pad_prompts(prompts, plan.degree("batch")), np.int32(0))
     # What a call of one token takes is the prompt's; the rest is the new tokens'.
-    first, _ = timed(1)
-    whole, compile_s = timed(options.new)
+    first, _ = timed(parts, 1, inputs, options.iterations)
+    whole, compile_s = timed(parts, options.new, inputs, options.iterations)
     prefill = statistics.median(first)
     rates = sorted(options.batch * (options.new - 1) / (s - prefill) for s in whole)
     report = {
@@ -78,6 +64,24 @@ def main(argv: list[str]) -> int:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def timed(parts: Any, new: int, inputs: tuple[Any, ...], iterations: int) -> tuple[list[float], float]:
+    """Time whole calls that write `new` tokens; give the seconds of each, and those of compilation."""
+    import jax
+
+    from moejax.serve.generate import Generator
+    from moejax.serve.sampling import Sampling
+
+    began = time.perf_counter()
+    call = Generator(parts, new, Sampling(temperature=0.0)).compile().lower(*inputs).compile()
+    compile_s = time.perf_counter() - began
+    seconds = []
+    for _ in range(iterations + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(call(*inputs))
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:], compile_s
 
 
 if __name__ == "__main__":

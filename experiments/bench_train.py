@@ -6,7 +6,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from experiments import cli
 
@@ -46,14 +48,8 @@ def main(argv: list[str]) -> int:
     began = time.perf_counter()
     step = make_train_step(parts, optimizer, config).lower(state, batch).compile()
     compile_s = time.perf_counter() - began
-    seconds = []
-    for _ in range(options.iterations + 2):
-        began = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - began)
     tokens = train.global_batch * train.seq_len
-    rates = sorted(tokens / s for s in seconds[2:])
+    rates = sorted(tokens / s for s in timed(step, state, batch, options.iterations))
     flops = model_cost(parts, train.seq_len).train_flops
     median = statistics.median(rates)
     report = {
@@ -75,6 +71,19 @@ def main(argv: list[str]) -> int:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def timed(step: Callable[..., Any], state: Any, batch: Any, iterations: int) -> list[float]:
+    """Give the seconds of each step, after two that are not counted."""
+    import jax
+
+    seconds = []
+    for _ in range(iterations + 2):
+        began = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - began)
+    return seconds[2:]
 
 
 def random_batch(microbatches: int, batch: int, length: int, vocab: int, seed: int):

@@ -232,13 +232,14 @@ def compile_ahead(config: Any, number: int, chip: "Chip", best: Ranked) -> dict[
     from moejax.accounting.communication import by_axes, expected_transfers
     from moejax.accounting.compiled import collectives
     from moejax.accounting.contract import pipeline_turns
-    from moejax.accounting.target import h200_devices
+    from moejax.accounting.target import h200_devices, nothing_kept
     from moejax.train.ahead import lower_train_step
 
     print(f"compiling for {number} x H200 (minutes) ...", flush=True)
     began, train = time.perf_counter(), config.train
     lowered, parts = lower_train_step(config, h200_devices(number, chip))
-    compiled: Any = lowered.compile()
+    with nothing_kept():
+        compiled: Any = lowered.compile()
     plan = parts.plan
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
     total, predicted = memory.argument_size_in_bytes + memory.temp_size_in_bytes, best.candidate.memory.total

@@ -19,6 +19,7 @@ LOGICAL_AXES: Final = (
     "heads",
     "kv_heads",
     "head_dim",
+    "latent",
     "ffn",
     "vocab",
     "experts",

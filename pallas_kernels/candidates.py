@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import flash_attention as flash
 from pallas_kernels import flash_attention_bwd as flash_bwd
+from pallas_kernels import flash_blocks, mosaic, page_tiles
 from pallas_kernels import grouped_matmul_dw as dw
 from pallas_kernels import lightning_attention as lightning
 from pallas_kernels import linear_cross_entropy as loss
-from pallas_kernels import mosaic
 from pallas_kernels import paged_attention as paged
 from pallas_kernels import rms_norm as norm
 from pallas_kernels.grouped_matmul import StoreProduct, check_cut
@@ -49,7 +49,7 @@ def offered(default: Config, others: Iterable[Config], check: Callable[[Config],
 
 def check_registers(config: Any, columns: float) -> None:
     """Decline float32 tiles `columns` wide in all: a thread holds half a number of each column's 64 rows."""
-    need, limit = round(columns / 2) + OTHER_REGISTERS, flash.REGISTERS[config.warpgroups][1]
+    need, limit = round(columns / 2) + OTHER_REGISTERS, flash_blocks.REGISTERS[config.warpgroups][1]
     if need > limit:
         raise Declined(f"{config} needs about {need} registers (limit {limit})")
 
@@ -96,7 +96,7 @@ def latent_attention(default: paged.Config, q: Shape, *_: Shape) -> list[paged.C
 
 def _stages(default: paged.Config, query_columns: int, tile_columns: int, others: int) -> list[paged.Config]:
     def check(config: paged.Config) -> None:
-        need = 2 * paged.ROWS * query_columns + 2 * config.stages * config.tile * tile_columns + others
+        need = 2 * page_tiles.ROWS * query_columns + 2 * config.stages * config.tile * tile_columns + others
         if need > mosaic.SMEM_LIMIT:
             raise Declined(f"{config} needs {need} bytes of shared memory (limit {mosaic.SMEM_LIMIT})")
 
@@ -149,12 +149,12 @@ def linear_cross_entropy_statistics(default: loss.Config, x: Shape, w: Shape, *_
     return offered(default, [*others, *(replace(default, band=band) for band in (8, 32))], lambda config: None)
 
 
-def rms_norm_bwd(default: norm.Config, x: Shape, scale: Shape, *others: Shape) -> list[norm.Config]:
-    """Vary the blocks of a multiprocessor and their slots; the inputs are x, dy and perhaps dz."""
+def rms_norm_bwd(default: norm.Config, x: Shape, *_: Shape) -> list[norm.Config]:
+    """Vary the blocks of a multiprocessor and their slots."""
 
     def check(config: norm.Config) -> None:
         blocks = config.num_blocks // mosaic.NUM_SMS
-        if norm.smem_bytes(x.shape[1], config.stages, 1 + len(others)) * blocks > mosaic.SMEM_LIMIT:
+        if norm.smem_bytes(x.shape[1], config.stages) * blocks > mosaic.SMEM_LIMIT:
             raise Declined(f"{blocks} blocks of {config} must fit in shared memory")
 
     sizes = product((2, 3, 4, 6), (1, 2, 3, 4))

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.flash_attention import (
+from pallas_kernels.flash_blocks import (
     LAYOUT,
     REGISTERS,
     ROWS,
@@ -36,6 +36,7 @@ from pallas_kernels.flash_attention import (
     copy_blocks,
     drain,
     heads_together,
+    launch,
     pad_edge,
     whole_tiles,
 )
@@ -188,17 +189,8 @@ def _dq(call: _Call, inputs: tuple[Array, ...], extra: dict[str, Array]) -> Arra
     }
     if segments:
         scratch["ids"] = plgpu.SMEM((config.dq_stages, config.dq_block), jnp.int32)
-    return mosaic.kernel(
-        functools.partial(_dq_kernel, names=tuple(extra), call=call, order=order),
-        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
-        scratch_types=scratch,
-        grid=(order.size,),
-        grid_names=("tile",),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        kernel_name="flash_attention_dq",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*inputs, *extra.values())
+    kernel, out = functools.partial(_dq_kernel, call=call), jax.ShapeDtypeStruct(q.shape, dtype)
+    return launch(kernel, "flash_attention_dq", order, config.warpgroups, scratch, inputs, extra, out)
 
 
 def _dq_kernel(
@@ -305,18 +297,10 @@ def _dkv(call: _Call, inputs: tuple[Array, ...], extra: dict[str, Array], wanted
     }
     if segments:
         scratch["ids"] = plgpu.SMEM((config.dkv_stages, config.dkv_block), jnp.int32)
-    outputs = {"dk": jax.ShapeDtypeStruct(k.shape, dtype), "dv": jax.ShapeDtypeStruct(v.shape, dtype)}
-    return mosaic.kernel(
-        functools.partial(_dkv_kernel, names=tuple(extra), wanted=wanted, call=call, order=order),
-        out_type=[outputs[name] for name in wanted],
-        scratch_types=scratch,
-        grid=(order.size,),
-        grid_names=("tile",),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        kernel_name="flash_attention_" + "".join(wanted),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*inputs, *extra.values())
+    shapes = {"dk": k.shape, "dv": v.shape}
+    out = [jax.ShapeDtypeStruct(shapes[name], dtype) for name in wanted]
+    kernel, name = functools.partial(_dkv_kernel, wanted=wanted, call=call), "flash_attention_" + "".join(wanted)
+    return launch(kernel, name, order, config.warpgroups, scratch, inputs, extra, out)
 
 
 def _dkv_kernel(

@@ -135,6 +135,17 @@ def staging(config: Config, slots: int) -> Any:
     return any_row_matrix((config.warpgroups, slots, WIDTH, WIDTH), jnp.bfloat16)
 
 
+def store_slab(nth: int, count: int, values: Array, staging: Any, out: Any, place: Place, column: int) -> None:
+    """Round and store the nth of a tile's `count` slabs, by the one of two that was not stored last."""
+    slab = staging.at[place.warpgroup, nth % 2]
+    # An odd count of stores comes back to the slab that was stored last.
+    plgpu.wait_smem_to_gmem(0 if nth == 0 and count % 2 else 1, wait_read_only=True)
+    slab[...] = values.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    store_rows(slab, out, place.first, place.num_rows, place.column + column)
+    plgpu.commit_smem_to_gmem_group()
+
+
 class StoreProduct:
     """Store the product."""
 
@@ -155,13 +166,7 @@ class StoreProduct:
         """Round and store."""
         parts = slabs(values)
         for i, (y,) in enumerate(parts):
-            slab = scratch[0].at[place.warpgroup, i % 2]
-            # An odd count of slabs comes back to the slab that was stored last.
-            plgpu.wait_smem_to_gmem(0 if i == 0 and len(parts) % 2 else 1, wait_read_only=True)
-            slab[...] = y.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            store_rows(slab, outs[0], place.first, place.num_rows, place.column + i * WIDTH)
-            plgpu.commit_smem_to_gmem_group()
+            store_slab(i, len(parts), y, scratch[0], outs[0], place, i * WIDTH)
 
 
 def multiply(

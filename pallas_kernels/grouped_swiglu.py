@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul import Place, multiply, slabs, staging, tuned_config
+from pallas_kernels.grouped_matmul import Place, multiply, slabs, staging, store_slab, tuned_config
 from pallas_kernels.grouped_tiles import (
     WIDTH,
     Config,
@@ -116,14 +116,8 @@ class StoreGated:
         for i, (gate, up) in enumerate(pairs):
             results = (gate * _sigmoid(gate) * up, gate, up)[: self.num_outs]
             for j, (result, out) in enumerate(zip(results, outs, strict=True)):
-                nth, last = i * self.num_outs + j, len(pairs) * self.num_outs
-                slab = scratch[0].at[place.warpgroup, nth % 2]
-                # An odd count of stores comes back to the slab that was stored last.
-                plgpu.wait_smem_to_gmem(0 if nth == 0 and last % 2 else 1, wait_read_only=True)
-                slab[...] = result.astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                store_rows(slab, out, place.first, place.num_rows, place.column + i * WIDTH)
-                plgpu.commit_smem_to_gmem_group()
+                nth, count = i * self.num_outs + j, len(pairs) * self.num_outs
+                store_slab(nth, count, result, scratch[0], out, place, i * WIDTH)
 
 
 class StoreGradients:

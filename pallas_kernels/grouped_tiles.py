@@ -20,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import NUM_SMS, SMEM_LIMIT, interpreting, tiles
+from pallas_kernels.compat import interpreting
+from pallas_kernels.mosaic import NUM_SMS, SMEM_LIMIT, tiles
 from pallas_kernels.target import INSTEAD, Declined
 
 Array = jax.Array

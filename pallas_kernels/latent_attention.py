@@ -19,26 +19,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
+from pallas_kernels.merge_splits import merge
 from pallas_kernels.mosaic import matrix, run_state, wgmma
-from pallas_kernels.paged_attention import (
+from pallas_kernels.page_tiles import (
     ROWS,
     Call,
-    Config,
     by_kv_head,
-    by_query,
     clear,
     columns,
     fetch,
     finish,
     masked_scores,
-    merge,
     nothing,
     pages_of,
     place,
     scores_of,
     span_of,
-    tuned_stages,
 )
+from pallas_kernels.paged_attention import Config, tuned_stages
 from pallas_kernels.target import INSTEAD, Declined
 
 Array = jax.Array
@@ -91,21 +89,7 @@ def latent_attention(
     )
     tables_BI, lengths_B, query_lengths_B = (x.astype(jnp.int32) for x in (tables_BI, lengths_B, query_lengths_B))
     o, lse_BKSR = _attend(call, q_BKRJ, latent_PZJ, tables_BI, lengths_B, query_lengths_B)
-    if call.direct:
-        return by_query(o[:, :, 0], length, heads)
-    return merge(
-        o,
-        lse_BKSR,
-        lengths_B,
-        query_lengths_B,
-        None,
-        length=length,
-        group=heads,
-        split=split,
-        window=None,
-        fan_in=config.fan_in,
-        dtype=q_BTNJ.dtype,
-    )
+    return merge(call, o, lse_BKSR, lengths_B, query_lengths_B, None, length=length, fan_in=config.fan_in)
 
 
 def _check(q_BTNJ: Array, latent_PZJ: Array, value_dim: int, config: Config) -> None:

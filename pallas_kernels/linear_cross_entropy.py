@@ -56,15 +56,7 @@ def linear_cross_entropy_statistics(
     w is [D, V], or [V, D] with vocab_dim = 0. A row whose column lies outside 0..V-1 gives 0 for that logit. Raises
     Declined for what is not bfloat16, or rows that the copy engine cannot take.
     """
-    if x_MD.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
-        raise Declined(f"linear cross-entropy: dtypes {x_MD.dtype}, {w.dtype} must be bfloat16; {INSTEAD}")
-    for name, extent, tile in (
-        ("D", x_MD.shape[1], 64),
-        ("w's last dim", w.shape[1], 64),
-        ("V", w.shape[vocab_dim], 8),
-    ):
-        if extent % tile:
-            raise Declined(f"linear cross-entropy: {name} ({extent}) must divide by {tile}, a tile; {INSTEAD}")
+    _check(x_MD, w, vocab_dim)
     op = op_name("linear_cross_entropy_statistics", vocab_dim=vocab_dim)
     config = config or tuned(op, target().kind, bucket(x_MD, w), Config())
     num_rows, vocab = x_MD.shape[0], w.shape[vocab_dim]
@@ -96,6 +88,15 @@ def linear_cross_entropy_statistics(
     max_VM, total_VM, target_VM = (statistics_V3M[:, i, :num_rows] for i in range(3))
     max_M = max_VM.max(0)
     return max_M, (total_VM * jnp.exp(max_VM - max_M)).sum(0), target_VM.sum(0)
+
+
+def _check(x_MD: Array, w: Array, vocab_dim: int) -> None:
+    if x_MD.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
+        raise Declined(f"linear cross-entropy: dtypes {x_MD.dtype}, {w.dtype} must be bfloat16; {INSTEAD}")
+    sizes = (("D", x_MD.shape[1], 64), ("w's last dim", w.shape[1], 64), ("V", w.shape[vocab_dim], 8))
+    for name, extent, tile in sizes:
+        if extent % tile:
+            raise Declined(f"linear cross-entropy: {name} ({extent}) must divide by {tile}, a tile; {INSTEAD}")
 
 
 def _block(config: Config, vocab_dim: int, softcap: float | None, *refs: Any) -> None:

@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxpr_as_fun
 
+from pallas_kernels.compat import interpreting
+
 Array = jax.Array
 
 LOG2E = 1.4426950408889634
@@ -42,14 +44,6 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
 def tanh(x: Array) -> Array:
     """Give tanh by the exponential: under approx_math the chip's own has 11 bits."""
     return 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2.0 * LOG2E)))
-
-
-def interpreting() -> bool:
-    """Say whether kernels traced now go to the interpreter (`plgpu.force_gpu_interpret_mode`)."""
-    from jax._src import config  # no public way to ask
-
-    mode = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)
-    return mode is not None and mode.value is not None
 
 
 def tiles(dtype: jax.typing.DTypeLike, columns: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:

@@ -4,7 +4,7 @@ XLA reads x and dy twice, for the rows' sums and for dx (tests/ops/test_fused_on
 has a whole row in shared memory: it sums, then reads it again there; its part of the scale's gradient stays in
 registers until the end. Two blocks share a multiprocessor, and hide each other's waiting.
 
-Roofline: 6 M D bytes (8 with a residual's gradient), some 15 FLOPs for each value: bound by memory. One warpgroup a
+Roofline: 6 M D bytes, some 15 FLOPs for each value: bound by memory. One warpgroup a
 block, since Mosaic reduces over a whole warpgroup (by shared memory) where it is alone.
 """
 
@@ -37,18 +37,14 @@ class Config:
     num_blocks: int = 2 * mosaic.NUM_SMS
 
     @classmethod
-    def of(cls, dim: int, num_inputs: int) -> "Config":
-        """Take two blocks a multiprocessor with as many slots as fit, or one where two do not."""
-        for blocks in (2, 1):
-            for stages in (3, 2):
-                if blocks * smem_bytes(dim, stages, num_inputs) <= mosaic.SMEM_LIMIT:
-                    return cls(stages, blocks * mosaic.NUM_SMS)
-        raise Declined(f"RMSNorm backward: D ({dim}) must fit in shared memory; {INSTEAD}")
+    def of(cls, dim: int) -> "Config":
+        """Take as many slots as fit beside a second block; two fit for every D that `check` lets through."""
+        return cls(stages=3 if 2 * smem_bytes(dim, 3) <= mosaic.SMEM_LIMIT else 2)
 
 
-def smem_bytes(dim: int, stages: int, num_inputs: int) -> int:
+def smem_bytes(dim: int, stages: int) -> int:
     """Count the bytes of shared memory that a block needs, those of alignment and of reductions too."""
-    return 2 * dim * (stages * num_inputs + 2) + 2048
+    return 2 * dim * (2 * stages + 2) + 2048
 
 
 def check(x: Array, scale_D: Array) -> None:
@@ -63,43 +59,41 @@ def check(x: Array, scale_D: Array) -> None:
 
 
 def rms_norm_bwd(
-    x_MD: Array, scale_D: Array, dy_MD: Array, eps: float, dz_MD: Array | None = None, config: Config | None = None
+    x_MD: Array, scale_D: Array, dy_MD: Array, eps: float, config: Config | None = None
 ) -> tuple[Array, Array]:
-    """Give the gradients of x and scale of y = x / rms(x) * scale; `dz` is added to the first, a residual's gradient.
+    """Give the gradients of x and scale of y = x / rms(x) * scale.
 
     Raises Declined for what is not bfloat16 or rows that are not whole chunks.
     """
-    arrays = [x_MD, dy_MD, *([] if dz_MD is None else [dz_MD])]
-    for x in arrays:
+    for x in (x_MD, dy_MD):
         check(x, scale_D)
     num_rows, dim = x_MD.shape
-    config = config or tuned("rms_norm_bwd", target().kind, bucket(*arrays), Config.of(dim, len(arrays)))
+    config = config or tuned("rms_norm_bwd", target().kind, bucket(x_MD, dy_MD), Config.of(dim))
     config = replace(config, num_blocks=min(config.num_blocks, num_rows))
     lines = (dim // LINE, LINE)
     rows = jax.ShapeDtypeStruct((num_rows, *lines), jnp.bfloat16)
     parts = jax.ShapeDtypeStruct((config.num_blocks, *lines), jnp.float32)
     dx_MCL, dscale_BCL = mosaic.kernel(
-        partial(_block, config, eps, len(arrays)),
+        partial(_block, config, eps),
         out_type=[rows, parts],
         scratch_types=[
             plgpu.SMEM(lines, jnp.bfloat16),
             plgpu.SMEM(lines, jnp.bfloat16),
             plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=len(arrays), num_barriers=config.stages),
-            *[plgpu.SMEM((config.stages, *lines), jnp.bfloat16)] * len(arrays),
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+            *[plgpu.SMEM((config.stages, *lines), jnp.bfloat16)] * 2,
         ],
         grid=(config.num_blocks,),
         grid_names=("block",),
         kernel_name="rms_norm_bwd",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(scale_D.reshape(lines), *(x.reshape(rows.shape) for x in arrays))
+    )(scale_D.reshape(lines), x_MD.reshape(rows.shape), dy_MD.reshape(rows.shape))
     return dx_MCL.reshape(x_MD.shape), dscale_BCL.sum(0).reshape(dim).astype(scale_D.dtype)
 
 
-def _block(config: Config, eps: float, num_inputs: int, scale_ref: Any, *refs: Any) -> None:
+def _block(config: Config, eps: float, *refs: Any) -> None:
     """Take every num_blocks-th row."""
-    inputs, (dx_ref, dscale_ref), rest = refs[:num_inputs], refs[num_inputs : num_inputs + 2], refs[num_inputs + 2 :]
-    scale_smem, dx_smem, scale_ready, ready, *slots = rest
+    scale_ref, x_ref, dy_ref, dx_ref, dscale_ref, scale_smem, dx_smem, scale_ready, ready, *slots = refs
     block = lax.axis_index("block")
     rows = lax.div(dx_ref.shape[0] - block + (config.num_blocks - 1), jnp.int32(config.num_blocks))
     lines = CHUNK // LINE
@@ -109,7 +103,7 @@ def _block(config: Config, eps: float, num_inputs: int, scale_ref: Any, *refs: A
 
     def fetch(row: Array) -> None:
         slot = lax.rem(row, jnp.int32(config.stages))
-        for source, held in zip(inputs, slots, strict=True):
+        for source, held in zip((x_ref, dy_ref), slots, strict=True):
             place = block + row * config.num_blocks
             plgpu.copy_gmem_to_smem(source.at[place], held.at[slot], ready.at[slot])
 
@@ -119,7 +113,7 @@ def _block(config: Config, eps: float, num_inputs: int, scale_ref: Any, *refs: A
     def differentiate(row: Array, dscale: tuple[Array, ...]) -> tuple[Array, ...]:
         slot = lax.rem(row, jnp.int32(config.stages))
         plgpu.barrier_wait(ready.at[slot])
-        x_smem, dy_smem, *dz_smem = (x.at[slot] for x in slots)
+        x_smem, dy_smem = (x.at[slot] for x in slots)
         squares = products = zeros
         for chunk in chunks:
             x = load(x_smem, chunk)
@@ -132,8 +126,6 @@ def _block(config: Config, eps: float, num_inputs: int, scale_ref: Any, *refs: A
         for chunk, so_far in zip(chunks, dscale, strict=True):
             x, dy = load(x_smem, chunk), load(dy_smem, chunk)
             dx = dy * load(scale_smem, chunk) * inverse - x * drift
-            for ref in dz_smem:
-                dx += load(ref, chunk)
             dx_smem.at[chunk][...] = dx.astype(jnp.bfloat16)
             found.append(so_far + dy * x * inverse)
         plgpu.commit_smem()  # dx before it is copied out, and what was read before it is copied over

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import jax
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+from pallas_kernels.compat import platform_of
 
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 INSTEAD = 'use implementation="xla"'
 """What a kernel's refusal ends with, as a user would write it."""
@@ -36,13 +37,8 @@ def target() -> Target:
     """Name the chip that the function being traced will run on."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        return Target(getattr(device, "platform", None) or _platform_of(device.device_kind), device.device_kind)
+        return Target(platform_of(device), device.device_kind)
     if (default := jax.config.jax_default_device) is not None and not isinstance(default, str):
         return Target(default.platform, default.device_kind)
     local = jax.local_devices()[0]
     return Target(local.platform, local.device_kind)
-
-
-def _platform_of(kind: str) -> str:
-    """Tell a chip's platform by its name, for versions of jax whose abstract devices have a name alone."""
-    return "gpu" if "NVIDIA" in kind else kind

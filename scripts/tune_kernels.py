@@ -195,7 +195,6 @@ def other_ops() -> Iterator[Op]:
             yield Op(kernel, labelled((rows, 4096), w), candidates.linear_cross_entropy_statistics)
     for x in ((16384, 4096), (8192, 8192)):
         yield Op(_norm_bwd, normal(x, x[1:], x), candidates.rms_norm_bwd)
-        yield Op(_norm_bwd, normal(x, x[1:], x, x), candidates.rms_norm_bwd)
 
 
 def _lightning_bwd(
@@ -204,8 +203,8 @@ def _lightning_bwd(
     return lightning_attention_bwd(q, k, v, decay, state, None, *gradients, **given)
 
 
-def _norm_bwd(x: jax.Array, scale: jax.Array, dy: jax.Array, *dz: jax.Array, config: Any = None) -> Any:
-    return rms_norm_bwd(x, scale, dy, 1e-6, *dz, config=config)
+def _norm_bwd(x: jax.Array, scale: jax.Array, dy: jax.Array, config: Any = None) -> Any:
+    return rms_norm_bwd(x, scale, dy, 1e-6, config)
 
 
 def aimed() -> contextlib.AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax
 from experiments.kernels import sweep
 from experiments.kernels.case import Case
 from experiments.kernels.runner import OURS, in_a_line
+from moejax.accounting.kernels import KernelReport, kernel_reports
 
 COLUMNS = ("kernel", "registers", "spills", "shared memory", "HGMMA", "TMA", "temporaries")
 KNOWN = "the same kernels as in an earlier row"
@@ -27,15 +28,8 @@ class Line:
 
     row: str
     way: str
-    name: str = ""
-    registers: int = 0
-    """a thread's at most"""
-    spills: int = 0
-    """bytes"""
-    shared_memory: int = 0
-    """bytes a block"""
-    wgmma: int = 0
-    tma: int = 0
+    report: KernelReport | None = None
+    """of the kernel, under its name without a number"""
     temporaries: int = 0
     """bytes that XLA keeps beside inputs and outputs, for the whole row"""
     breaches: tuple[str, ...] = ()
@@ -64,27 +58,23 @@ def compile_case(case: Case, ways: Sequence[str] = OURS) -> Iterator[Line]:
 
 
 def _compile(case: Case, way: str, title: str, inputs: Sequence[Any]) -> Iterator[Line]:
-    from moejax.accounting.kernels import kernel_reports
-
     with tempfile.TemporaryDirectory() as folder, triton_dumps(folder):
         reports, temporaries = kernel_reports(case.ways[way], *inputs)
         must_multiply = multipliers(reports) if case.matmul else set()
-        unwanted = ("name", "sass", "ignored_setmaxnreg")
         for report in sorted(reports, key=number_and_name):
-            values = {key: value for key, value in asdict(report).items() if key not in unwanted}
-            breaches, name = tuple(report.breaches(report.name in must_multiply)), number_and_name(report)[1]
-            yield Line(title, way, name, **values, temporaries=temporaries, breaches=breaches)
+            breaches = tuple(report.breaches(report.name in must_multiply))
+            yield Line(title, way, replace(report, name=number_and_name(report)[1]), temporaries, breaches)
         for ptx in sorted(Path(folder).rglob("*.ptx")):
             yield triton_line(title, way, ptx, temporaries)
 
 
-def number_and_name(report: Any) -> tuple[int, str]:
+def number_and_name(report: KernelReport) -> tuple[int, str]:
     """Take the number off a kernel's name: Mosaic numbers all that a process compiles, in the order of the program."""
     name, _, number = report.name.rpartition("_")
     return (int(number), name) if name and number.isdigit() else (0, report.name)
 
 
-def multipliers(reports: Sequence[Any]) -> set[str]:
+def multipliers(reports: Sequence[KernelReport]) -> set[str]:
     """Name the kernels of a multiplying way that must hold wgmma: those that copy tiles in (TMA), else all of them.
 
     A merge of partial results beside the kernel that multiplies copies no tiles and owes none.
@@ -117,38 +107,43 @@ def triton_line(title: str, way: str, ptx: Path, temporaries: int) -> Line:
     target = re.search(r"^\.target (\w+)", text, re.MULTILINE)
     command = [tool, "-v", f"--gpu-name={target[1] if target else 'sm_90a'}", ptx, "-o", os.devnull]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill", said))
     info = ptx.with_suffix(".compile_info")
     shared = re.findall(r"shared_mem_bytes: (\d+)", info.read_text()) if info.exists() else []
-    return Line(
-        title,
-        way,
+    report = KernelReport(
         name=ptx.stem,
         registers=max((int(x) for x in re.findall(r"Used (\d+) registers", said)), default=0),
-        spills=spills,
+        spills=sum(int(x) for x in re.findall(r"(\d+) bytes spill", said)),
         shared_memory=int(shared[0]) if shared else 0,
         wgmma=text.count("wgmma.mma_async"),
         tma=text.count("cp.async.bulk.tensor"),
-        temporaries=temporaries,
-        breaches=(f"{ptx.stem} spills {spills} bytes",) if spills else (),
+        sass=False,
+        ignored_setmaxnreg=False,
     )
+    return Line(title, way, report, temporaries, tuple(report.breaches(matmul=False)))
 
 
 def show(line: Line) -> str:
     """Say a line in text."""
-    if not line.name:
+    report = line.report
+    if report is None:
         return f"{line.row} [{line.way}]: {line.note}" + (f" !! {', '.join(line.breaches)}" if line.breaches else "")
-    numbers = f"{line.registers} registers, {line.spills} bytes spilled, {line.shared_memory:,} bytes shared, "
-    numbers += f"{line.wgmma} HGMMA, {line.tma} TMA, {line.temporaries / 2**20:,.1f} MiB temporaries"
-    return f"{line.row} [{line.way}] {line.name}: {numbers}" + "".join(f" !! {rule}" for rule in line.breaches)
+    numbers = f"{report.registers} registers, {report.spills} bytes spilled, {report.shared_memory:,} bytes shared, "
+    numbers += f"{report.wgmma} HGMMA, {report.tma} TMA, {line.temporaries / 2**20:,.1f} MiB temporaries"
+    return f"{line.row} [{line.way}] {report.name}: {numbers}" + "".join(f" !! {rule}" for rule in line.breaches)
 
 
 def write(lines: Sequence[Line], out: Path) -> None:
     """Write kernels.json and kernels.md."""
     versions = {"jax": jax.__version__, "chip": "NVIDIA H200, compiled for on a machine without one; nothing was run"}
-    text = json.dumps({**versions, "kernels": [asdict(line) for line in lines]}, indent=1)
+    text = json.dumps({**versions, "kernels": [_flat(line) for line in lines]}, indent=1)
     (out / "kernels.json").write_text(text + "\n")
     (out / "kernels.md").write_text("\n".join([*_markdown(lines, versions), ""]))
+
+
+def _flat(line: Line) -> dict[str, Any]:
+    fields = asdict(line)
+    report = fields.pop("report") or {}
+    return {"row": fields.pop("row"), "way": fields.pop("way"), **report, **fields}
 
 
 def _markdown(lines: Sequence[Line], versions: dict[str, str]) -> Iterator[str]:
@@ -160,9 +155,10 @@ def _markdown(lines: Sequence[Line], versions: dict[str, str]) -> Iterator[str]:
         if line.row != row:
             row = line.row
             yield from ("", f"## {row}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|")
-        if not line.name:
+        report = line.report
+        if report is None:
             yield f"| ({line.way}) {line.note.replace('|', '/')} |" + " |" * (len(COLUMNS) - 1)
             continue
-        values = (line.registers, line.spills, line.shared_memory, line.wgmma, line.tma, line.temporaries)
+        values = (report.registers, report.spills, report.shared_memory, report.wgmma, report.tma, line.temporaries)
         broken = f" **{', '.join(line.breaches)}**" if line.breaches else ""
-        yield f"| {line.name} ({line.way}){broken} | " + " | ".join(f"{x:,}" for x in values) + " |"
+        yield f"| {report.name} ({line.way}){broken} | " + " | ".join(f"{x:,}" for x in values) + " |"

@@ -16,8 +16,6 @@ from experiments.kernels.case import Case, Way, compiled_torch
 
 EXPANDED_BYTES = 100e9
 """of rows, a copy for each expert: more than this and ragged_dot is left out"""
-PERMUTE = {"mosaic": "xla", "triton": "triton", "xla": "xla", "ragged_dot": "xla"}
-"""who moves the rows for whom"""
 
 
 @dataclass(frozen=True)
@@ -165,14 +163,14 @@ def torch_combine(y: Any, weights: Any, back: Any) -> Any:
 def _layers(shape: Shape, backward: bool) -> dict[str, Way]:
     """Give the ways: functions of tokens, weights of the choices, three of the experts, and the choices."""
 
-    def layer(experts: Way, permute: str, *inputs: jax.Array) -> jax.Array:
+    def layer(experts: Way, movers: str, *inputs: jax.Array) -> jax.Array:
         from moejax.ops.permute import combine_rows, gather_rows, sort_by_expert
 
         x, weights, gate, up, down, chosen = inputs
         order = sort_by_expert(chosen, shape.experts)
-        rows = gather_rows(x, order, shape.active, implementation=permute)
+        rows = gather_rows(x, order, shape.active, implementation=movers)
         y = experts(rows, gate, up, down, order.group_sizes_E)
-        return combine_rows(y, weights, order, implementation=permute)
+        return combine_rows(y, weights, order, implementation=movers)
 
     def ours(way: str) -> Way:
         def experts(*inputs: jax.Array) -> jax.Array:
@@ -180,9 +178,9 @@ def _layers(shape: Shape, backward: bool) -> dict[str, Way]:
 
             return expert_swiglu(*inputs, implementation=way)
 
-        return functools.partial(layer, experts, PERMUTE[way])
+        return functools.partial(layer, experts, way)
 
-    ways = {way: ours(way) for way in PERMUTE}
+    ways = {way: ours(way) for way in ("mosaic", "triton", "xla", "ragged_dot")}
     if _expanded_bytes(shape, backward) > EXPANDED_BYTES:
         ways.pop("ragged_dot")
     return ways | {"tokamax": functools.partial(layer, functools.partial(experts_by, tokamax_dot), "xla")}

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moejax.config.model import ModelConfig, MoEConfig
+from moejax.accounting.mixers import MixerSize, mixer_size
+from moejax.config.attention import AttentionConfig, LatentConfig
+from moejax.config.model import ModelConfig
+from moejax.config.moe import MoEConfig
 from moejax.config.run import TrainConfig
 from moejax.models import FAMILIES
-from moejax.moe.router import num_slots
+from moejax.models.layer import Layer
 from moejax.ops.blockwise_attention import BLOCK, LONG, LONG_BLOCK
 from moejax.ops.cross_entropy import logits_block
+from moejax.ops.linear_attention import CHUNK
 from moejax.parallel.exchange import quota
 from moejax.parallel.plan import MeshPlan
 
@@ -56,30 +60,23 @@ class LayerMemory:
         tensor = plan.size("tensor")
         self.stream = self.tokens * config.embed / (tensor if plan.config.sequence_parallel else 1)
         self.whole = self.tokens * config.embed
-        attention = config.attention
-        self.heads = attention.num_heads / tensor
-        self.kv_heads = attention.num_kv_heads / plan.degree("kv_heads")
-        if plan.degree("kv_heads") < tensor:  # replicated heads are picked for the local queries
-            self.kv_heads = self.heads
-        self.head_dim = attention.head_dim
-        self.naive = attention.implementation == "reference" or attention.dropout > 0
 
     # --- what the forward keeps of one layer
 
-    def kept(self, kind: str, policy: str) -> float:
+    def kept(self, layer: Layer, policy: str) -> float:
         """Give the bytes that a layer leaves for its backward under a remat policy."""
         if policy == "none":
-            return self.norms() + self.attention() + (self.dense() if kind == "dense" else self.sparse())
+            return self.norms() + self.mixer(layer) + (self.dense() if layer.ffn == "dense" else self.sparse())
         block_input = self.stream * self.width
         if policy == "full":
             return block_input
         if policy == "names":  # the second sublayer's output is only added: no backward asks for it
             return 2 * block_input
-        dots = self.whole + self.tokens * (self.heads + 2 * self.projected_kv_heads) * self.head_dim
-        if kind == "dense":
+        dots = self.whole + self.tokens * self.size(layer).projected
+        if layer.ffn == "dense":
             dots += 2 * self.tokens * self.config.ffn / self.plan.size("tensor")
         elif self.moe is not None:
-            dots += 2 * self.tokens * self.moe.num_shared_experts * self.expert_ffn
+            dots += 2 * self.tokens * self.shared_ffn
             block_input += self.tokens * self.moe.num_experts * self.router_width
         return block_input + dots * self.width
 
@@ -87,16 +84,21 @@ class LayerMemory:
         """Two norms: 2x and x in the wide type, the normalised x."""
         return 2 * self.stream * (2 * self.wide + self.width)
 
-    def attention(self) -> float:
+    def mixer(self, layer: Layer) -> float:
         """Its input; q, k, v, the output; their log-sum-exp, four rotary tables, and the mask of what is seen."""
-        queries, keys = self.tokens * self.heads * self.head_dim, self.tokens * self.kv_heads * self.head_dim
-        size = (self.whole + 2 * queries + 2 * keys + 2 * self.tokens * self.head_dim) * self.width
-        size += self.tokens * self.heads * self.wide
+        mixer = self.size(layer)
+        queries, outputs, keys = (self.tokens * x for x in (mixer.queries, mixer.outputs, mixer.keys))
+        if mixer.is_linear:  # before silu as well; the gate, the norm's input and what the gate multiplies
+            return (self.whole + 2 * (queries + keys) + 4 * outputs) * self.width
+        size = (self.whole + queries + outputs + keys + 2 * self.tokens * mixer.key_dim) * self.width
+        size += self.tokens * mixer.heads * self.wide
+        if isinstance(layer.mixer, LatentConfig):  # what the heads' keys grow out of, before and after its norm
+            size += self.tokens * 3 * (mixer.cached + (layer.mixer.q_rank or 0)) * self.width
         if self.plan.size("sequence") > 1 and self.plan.config.context == "ring":
-            return size + queries * self.wide  # the ring keeps its output before rounding; it makes masks anew
+            return size + outputs * self.wide  # the ring keeps its output before rounding; it makes masks anew
         size += self.tokens * self.train.seq_len
-        if self.naive:  # scores, their exponentials, and what the mask and the norm need
-            size += 3 * self.rows * self.heads * self.length * self.train.seq_len * self.wide
+        if naive(layer):  # scores, their exponentials, and what the mask and the norm need
+            size += 3 * self.rows * mixer.heads * self.length * self.train.seq_len * self.wide
         return size
 
     def dense(self) -> float:
@@ -107,7 +109,7 @@ class LayerMemory:
         """The router's input and probabilities; the experts' rows, in and out, and their hidden units."""
         moe = self._moe
         size = self.whole * self.router_width + 3 * self.tokens * moe.num_experts * self.router_width
-        size += 6 * self.tokens * moe.num_shared_experts * self.expert_ffn * self.width
+        size += 6 * self.tokens * self.shared_ffn * self.width
         places, hidden = self.places, self.expert_ffn
         if self.way == "dense":
             every = self.tokens * moe.num_experts
@@ -123,39 +125,45 @@ class LayerMemory:
 
     # --- what a layer's backward holds at once
 
-    def scores(self) -> float:
+    def scores(self, layer: Layer) -> float:
         """All short blocks' scores and exponentials, since nothing orders them, and each padded dk; or a loop's."""
+        mixer = self.size(layer)
+        if mixer.is_linear:  # scores within chunks, and each chunk's state
+            chunk = min(CHUNK, self.train.seq_len)
+            states = self.tokens / chunk * mixer.key_dim * mixer.value_dim
+            return 2 * mixer.heads * (self.tokens * chunk + states) * self.wide
         if self.plan.size("sequence") > 1 and self.plan.config.context == "ring":
             # The own square whole, or half a square of another rank's: probabilities and their gradient.
-            keys = 4 * self.tokens * self.kv_heads * self.head_dim * self.wide
-            return 2 * self.rows * self.heads * self.length**2 * self.wide + keys
-        length, heads = self.train.seq_len, self.heads / self.plan.size("sequence")
-        if self.naive:
+            keys = 2 * self.tokens * mixer.keys * self.wide
+            return 2 * self.rows * mixer.heads * self.length**2 * self.wide + keys
+        length, heads = self.train.seq_len, mixer.heads / self.plan.size("sequence")
+        if naive(layer):
             return 2 * self.rows * heads * length**2 * self.wide
-        kv_heads = self.kv_heads / self.plan.size("sequence")
+        kv_heads = mixer.kv_heads / self.plan.size("sequence")
         if length >= LONG:  # one block's; and dq, dk and dv not yet rounded
-            gradients = length * (heads + 2 * kv_heads) * self.head_dim
+            gradients = length * (heads * mixer.key_dim + kv_heads * (mixer.key_dim + mixer.value_dim))
             return self.rows * (2 * heads * LONG_BLOCK**2 + gradients) * self.wide
         blocks = math.ceil(length / BLOCK)
         triangle = length * (length + min(length, BLOCK)) / 2
-        padded = blocks * length * kv_heads * self.head_dim
+        padded = blocks * length * kv_heads * mixer.key_dim
         return self.rows * (2 * heads * triangle + padded) * self.wide
 
-    def recomputed(self, kind: str) -> float:
+    def recomputed(self, layer: Layer) -> float:
         """A layer's matmuls' operands and results once more, each with its gradient; what is elementwise is fused."""
         streams = 4 * self.stream + 4 * self.whole
-        projections = 2 * self.tokens * (self.heads + self.projected_kv_heads) * self.head_dim
-        return (streams + projections) * self.width + self.feed_forward(kind)
+        mixer = self.size(layer)
+        projections = self.tokens * (mixer.projected + mixer.outputs)
+        return (streams + projections) * self.width + self.feed_forward(layer)
 
-    def feed_forward(self, kind: str) -> float:
+    def feed_forward(self, layer: Layer) -> float:
         """A feed-forward layer's hidden units and their gradients; of experts the rows as well, in, out and back."""
-        if kind == "dense":
+        if layer.ffn == "dense":
             return 4 * self.tokens * self.config.ffn / self.plan.size("tensor") * self.width
         rows = 4 * self.config.embed * self.places
         if self.plan.size("expert") > 1 and self.way == "sorted":
             rows = (2 * self.routed + 4 * self.places) * self.config.embed
         hidden = (4 if self.way != "sorted" else 2) * self.places * self.expert_ffn
-        shared = 4 * self.tokens * self._moe.num_shared_experts * self.expert_ffn
+        shared = 4 * self.tokens * self.shared_ffn
         return (rows + hidden + shared) * self.width
 
     def loss(self) -> float:
@@ -170,10 +178,14 @@ class LayerMemory:
         assert self.moe is not None
         return self.moe
 
+    def size(self, layer: Layer) -> MixerSize:
+        """Give the sizes of a layer's mixer."""
+        return mixer_size(self.config, layer.mixer, self.plan)
+
     @property
-    def projected_kv_heads(self) -> float:
-        """Key/value heads as projected: all of them where they are replicated."""
-        return self.config.attention.num_kv_heads / self.plan.degree("kv_heads")
+    def shared_ffn(self) -> float:
+        """Hidden units of the shared experts on this tensor rank."""
+        return self._moe.shared_ffn / self.plan.size("tensor")
 
     @property
     def expert_ffn(self) -> float:
@@ -190,7 +202,7 @@ class LayerMemory:
         """Rows that this device's experts have room for."""
         moe = self._moe
         if self.way == "capacity":
-            slots = num_slots(self.train.seq_len, moe.router.num_active, moe.num_experts, moe.capacity_factor or 1.0)
+            slots = moe.num_slots(self.train.seq_len)
             return self.rows * moe.num_experts * min(slots, self.length)
         ranks = self.plan.size("expert")
         if ranks == 1 or self.way == "dense":
@@ -200,35 +212,42 @@ class LayerMemory:
 
 def activations(config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> Activations:
     """Count what one device holds of activations at the peak of a step."""
-    layer = LayerMemory(config, plan, train)
-    kinds = collections.Counter(FAMILIES[config.name].layers(config))
+    memory = LayerMemory(config, plan, train)
+    layers = collections.Counter(FAMILIES[config.name].layers(config))
     stages = plan.size("pipeline")
-    kept = sum(number * layer.kept(kind, config.remat) for kind, number in kinds.items()) / (
+    kept = sum(number * memory.kept(layer, config.remat) for layer, number in layers.items()) / (
         stages * plan.config.chunks
     )
     stash = 0.0
     if stages > 1:  # a stage keeps its inputs alone, and a message each way; a chunk's layers are run again backward
         _, _, slots = plan.schedule(train.microbatches).slots
-        stash = (slots + 1 + 4) * layer.stream * layer.width
-    heaviest = max(kinds, key=layer.feed_forward)
-    return Activations(kept + stash, _workspace(layer, heaviest, config.remat))
+        stash = (slots + 1 + 4) * memory.stream * memory.width
+    heaviest = max(layers, key=memory.feed_forward)
+    return Activations(kept + stash, _workspace(memory, heaviest, config.remat))
 
 
-def _workspace(layer: LayerMemory, kind: str, policy: str) -> float:
+def naive(layer: Layer) -> bool:
+    """Say whether a layer attends with all scores in memory."""
+    return layer.mixer.implementation == "reference" or (
+        isinstance(layer.mixer, AttentionConfig) and layer.mixer.dropout > 0
+    )
+
+
+def _workspace(memory: LayerMemory, layer: Layer, policy: str) -> float:
     """Give what is at work beside what is kept: the arrays that the compiler may hold at the same time.
 
     The loops over sorted experts stand between loss, attention and experts: the largest counts. An exchange stands
     between the loss and the rest, and the scores are made before it. Without either everything may overlap.
     """
-    attention, hidden, loss = layer.scores(), layer.feed_forward(kind), layer.loss()
-    work = 0.0 if policy == "none" else layer.recomputed(kind) - hidden
+    attention, hidden, loss = memory.scores(layer), memory.feed_forward(layer), memory.loss()
+    work = 0.0 if policy == "none" else memory.recomputed(layer) - hidden
     if policy == "none":  # nothing is recomputed: gradients alone
         hidden /= 2
-    exchanged = layer.plan.size("expert") > 1
-    if kind == "sparse" and layer.way == "sorted" and not exchanged:
+    exchanged = memory.plan.size("expert") > 1
+    if layer.ffn == "sparse" and memory.way == "sorted" and not exchanged:
         return work + max(attention, hidden, loss)
-    if kind == "sparse" and exchanged:
+    if layer.ffn == "sparse" and exchanged:
         return work + max(attention + hidden, loss)
-    if policy == "none" or layer.plan.size("pipeline") > 1:
+    if policy == "none" or memory.plan.size("pipeline") > 1:
         return work + attention + max(hidden, loss)
     return work + attention + hidden + loss

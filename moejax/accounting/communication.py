@@ -13,9 +13,10 @@ from typing import Any
 import jax
 
 from moejax.accounting.activations import width
+from moejax.accounting.mixers import MixerSize, mixer_size
+from moejax.config.attention import AttentionConfig
 from moejax.config.run import TrainConfig
 from moejax.models import FAMILIES, ModelParts
-from moejax.moe.router import num_slots
 from moejax.parallel.exchange import quota
 from moejax.parallel.zero import Placement
 
@@ -60,10 +61,12 @@ class _Step:
         self.rows = train.global_batch // train.microbatches // self.plan.degree("batch")
         self.length = train.seq_len // self.plan.degree("seq")
         self.tokens = self.rows * self.length
-        kinds = FAMILIES[self.config.name].layers(self.config)
+        layers = FAMILIES[self.config.name].layers(self.config)
         stages = self.plan.size("pipeline")
-        self.num_layers = len(kinds) / stages
-        self.num_sparse = sum(kind == "sparse" for kind in kinds) / stages
+        self.num_layers = len(layers) / stages
+        self.num_sparse = sum(layer.ffn == "sparse" for layer in layers) / stages
+        self.mixers = [(mixer_size(self.config, layer.mixer, self.plan), layer.mixer) for layer in layers]
+        self.stages_count = stages
         self.moe = self.config.moe
         self.way = self.moe.way(training=True) if self.moe is not None else "dense"
         self.competitive = self.moe is not None and self.moe.competitive
@@ -139,13 +142,21 @@ class _Step:
         enter_back, leave_back = 2 * layers + streams, 2 * layers + extra + 1
         payload, times, why = self.tokens * self.config.embed * self.width, self.microbatches, "tensor parallelism"
         if self.plan.config.overlap_tensor:
-            return [*self._rings(payload, streams), *self._whole_on_tensor(), *self._loss(streams)]
+            sent = self._rings(payload, streams)
+            return [*sent, *self._whole_on_tensor(), *self._loss(streams), *self._norms()]
         if self.plan.config.sequence_parallel:
             sent = self.send(("tensor",), "all-gather", payload, times * (enter + leave_back), why)
             sent += self.send(("tensor",), "reduce-scatter", payload, times * (leave + enter_back), why)
         else:
             sent = self.send(("tensor",), "all-reduce", payload, times * (leave + enter_back), why)
-        return sent + self._whole_on_tensor() + self._loss(streams)
+        return [*sent, *self._whole_on_tensor(), *self._loss(streams), *self._norms()]
+
+    def _norms(self) -> list[Transfer]:
+        """Average squares over all heads, and their gradients, where a norm is of all of them together."""
+        norms = sum(size.norms_over_heads for size, _ in self.mixers) / self.stages_count
+        passes = self.forwards + ("mixer" in RECOMPUTED[self.config.remat]) + 1
+        payload = self.tokens * self.wide * norms * passes
+        return self.send(("tensor",), "all-reduce", payload, self.microbatches, "norms over all heads")
 
     def _rings(self, payload: float, streams: int) -> list[Transfer]:
         """Send the same bytes step by step, but around sparse layers, the embedding and the head."""
@@ -164,11 +175,17 @@ class _Step:
         """Sum the gradients of weights that every tensor rank holds and uses on its own part."""
         config, embed, norms = self.config, self.config.embed, self.plan.config.sequence_parallel
         size = embed * self.width * (2 * self.num_layers + 1) * norms
-        if self.moe is not None:
-            routers = 2 if self.moe.router.noise == "gaussian" else 1
-            size += routers * embed * self.moe.num_experts * self.router_width * self.num_sparse
-        if self.plan.config.replicate_kv:
-            size += 2 * embed * config.attention.num_kv_heads * config.attention.head_dim * self.width * self.num_layers
+        moe = self.moe
+        if moe is not None:
+            routers = 2 if moe.router.noise == "gaussian" else 1
+            size += routers * embed * moe.num_experts * self.router_width * self.num_sparse
+            size += moe.router.bias * moe.num_experts * self.router_width * self.num_sparse
+            size += moe.shared_gate * embed * self.width * self.num_sparse
+            size += moe.bias * moe.num_experts / self.plan.degree("experts") * embed * self.width * self.num_sparse
+        size += sum(size_.whole for size_, _ in self.mixers) / self.stages_count * self.width
+        biases = sum(isinstance(mixer, AttentionConfig) and mixer.out_bias for _, mixer in self.mixers)
+        biases += (len(self.mixers) - self.num_sparse * self.stages_count) * config.ffn_bias
+        size += norms * biases / self.stages_count * embed * self.width
         return self.send(("tensor",), "all-reduce", size, self.microbatches, "gradients of whole weights")
 
     def _loss(self, streams: int) -> list[Transfer]:
@@ -180,22 +197,27 @@ class _Step:
 
     def context(self) -> list[Transfer]:
         """Turn keys and values round the ring, or exchange heads for positions."""
-        ranks, attention = self.plan.size("sequence"), self.config.attention
-        if ranks == 1:
+        if self.plan.size("sequence") == 1:
             return []
-        layers = self.num_layers * self.microbatches
+        return [transfer for size, _ in self.mixers for transfer in self._context_of(size)]
+
+    def _context_of(self, size: MixerSize) -> list[Transfer]:
+        ranks, layers = self.plan.size("sequence"), self.microbatches / self.stages_count
         forwards = self.forwards + ("mixer" in RECOMPUTED[self.config.remat])
         segments = self.tokens * 4
-        heads = attention.num_heads / self.plan.size("tensor")
-        kv_heads = heads if self.plan.config.replicate_kv else attention.num_kv_heads / self.plan.degree("kv_heads")
-        keys = 2 * self.tokens * kv_heads * attention.head_dim
-        axes, why = ("sequence",), "context parallelism"
+        keys, axes, why = self.tokens * size.keys, ("sequence",), "context parallelism"
+        if size.is_linear:  # what each run of each rank adds to the state, and its documents' ends
+            runs = ranks * (2 if self.plan.config.context == "ring" else 1)
+            states = runs * self.rows * size.heads * size.key_dim * size.value_dim * max(self.width, 4)
+            ends = 2 * runs * self.rows * 4
+            sent = self.send(axes, "all-gather", states + ends, forwards * layers, why)
+            return sent + self.send(axes, "reduce-scatter", states, layers, why)
         if self.plan.config.context == "ring":
             wide = max(self.width, 4)
             forward = (ranks - 1) * (keys * self.width + segments)
             backward = (ranks - 1) * (keys * self.width + segments) + ranks * keys * wide
             return self.send(axes, "collective-permute", forwards * forward + backward, layers, why)
-        queries = 2 * self.tokens * heads * attention.head_dim
+        queries = self.tokens * (size.queries + size.outputs)
         sent = self.send(axes, "all-to-all", (queries + keys) * self.width, (forwards + 1) * layers, why)
         return sent + self.send(axes, "all-gather", segments * ranks, forwards * layers, why)
 
@@ -251,9 +273,7 @@ class _Step:
     def slots(self) -> int:
         """Give the places per expert and local part of a sequence."""
         assert self.moe is not None
-        moe, factor = self.moe, self.moe.capacity_factor or 1.0
-        slots = num_slots(self.train.seq_len, moe.router.num_active, moe.num_experts, factor)
-        return min(slots, self.length)
+        return min(self.moe.num_slots(self.train.seq_len), self.length)
 
     def stages(self) -> list[Transfer]:
         """Hand the residual stream on to the next stage, and its gradient back; every chunk does."""

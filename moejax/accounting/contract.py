@@ -7,11 +7,12 @@ from typing import Any
 from moejax.accounting.activations import width
 from moejax.accounting.communication import RECOMPUTED, by_axes, expected_transfers
 from moejax.accounting.compiled import Collective, collectives
+from moejax.accounting.mixers import mixer_size, score_products
 from moejax.accounting.model_cost import model_cost
 from moejax.accounting.traced import matmul_flops
+from moejax.config.attention import LightningConfig
 from moejax.config.run import TrainConfig
-from moejax.models import ModelParts
-from moejax.moe.router import num_slots
+from moejax.models import FAMILIES, ModelParts
 from moejax.ops.cross_entropy import logits_block
 from moejax.parallel.plan import MeshPlan
 
@@ -101,12 +102,13 @@ def expected_flops(parts: ModelParts, train: TrainConfig) -> dict[str, float]:
     """List one device's FLOPs in a step: the model's own share, and each kind that the layout adds to it."""
     plan, config = parts.plan, parts.config
     tokens, devices = train.global_batch * train.seq_len, plan.mesh.size
-    cost, attention, moe = model_cost(parts, train.seq_len), config.attention, config.moe
+    cost, moe = model_cost(parts, train.seq_len), config.moe
+    layers_list = FAMILIES[config.name].layers(config)
     heads = moe.num_experts if moe is not None and moe.competitive else 1
     head = 2.0 * config.vocab * config.embed * heads
-    scores = 4.0 * train.seq_len * config.num_layers * attention.num_heads * attention.head_dim
+    repeated = sum(score_products(layer.mixer, train.seq_len)[1] for layer in layers_list)
     layers, local = cost.forward_flops - head, tokens / devices
-    terms = {"model": 3 * cost.forward_flops * local, "scores again": scores / 2 * local}
+    terms = {"model": 3 * cost.forward_flops * local, "scores again": 2.0 * repeated * local}
     again = (config.remat != "none") + (plan.size("pipeline") > 1)
     terms["recompute"] = again * layers * local + (heads > 1) * head * local
     rows = tokens // train.microbatches // plan.degree("batch", "seq")
@@ -115,16 +117,25 @@ def expected_flops(parts: ModelParts, train: TrainConfig) -> dict[str, float]:
         terms["logits again"] = head * local
     terms["head on its stage"] = 3 * head * local * (plan.size("pipeline") - 1)
     whole = (plan.size("tensor") - 1) * (3 + again) * local
-    if plan.config.replicate_kv:
-        keys = 4.0 * config.embed * attention.num_kv_heads * attention.head_dim * config.num_layers
-        terms["whole keys"] = keys * whole
+    products = sum(mixer_size(config, layer.mixer, plan).whole_products for layer in layers_list)
+    terms["whole keys"] = 2.0 * products * whole
+    terms["states of other ranks"] = _states(parts) * (3 + again) * local
     if moe is not None:
-        sparse = config.num_layers // moe.every
+        sparse = sum(layer.ffn == "sparse" for layer in layers_list)
         routers = 2 if moe.router.noise == "gaussian" else 1
         terms["whole routers"] = routers * 2.0 * config.embed * moe.num_experts * sparse * whole
         expert = 6.0 * config.embed * moe.expert_ffn * sparse * (3 + again) * local
         terms["padded places"] = expert * (_padding(parts, train) - 1) * moe.router.num_active
     return terms
+
+
+def _states(parts: ModelParts) -> float:
+    """Count the FLOPs of a token that reads what other devices' runs left behind: linear attention over positions."""
+    if parts.plan.size("sequence") == 1:
+        return 0.0
+    layers = FAMILIES[parts.config.name].layers(parts.config)
+    sizes = [layer.mixer for layer in layers if isinstance(layer.mixer, LightningConfig)]
+    return sum(2.0 * mixer.num_heads * mixer.head_dim**2 for mixer in sizes)
 
 
 def _padding(parts: ModelParts, train: TrainConfig) -> float:
@@ -136,7 +147,7 @@ def _padding(parts: ModelParts, train: TrainConfig) -> float:
         return 1.0
     if way == "dense":
         return moe.num_experts / moe.router.num_active
-    slots = num_slots(train.seq_len, moe.router.num_active, moe.num_experts, moe.capacity_factor or 1.0)
+    slots = moe.num_slots(train.seq_len)
     ranks = parts.plan.degree("seq")
     return ranks * min(slots, train.seq_len // ranks) * moe.num_experts / (train.seq_len * moe.router.num_active)
 

@@ -13,14 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.accounting.chips import named_chip
-from moejax.accounting.target import h200_devices
-
-SMEM_LIMIT = 232_448
-"""Bytes of shared memory a block may have on Hopper."""
+from moejax.accounting.target import h200_devices, nothing_kept
+from pallas_kernels.mosaic import SMEM_LIMIT
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def compile_for(mesh: Mesh, f: Callable, *args: jax.ShapeDtypeStruct, **options:
     ]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(f).trace(*placed).lower(lowering_platforms=("cuda",))
-    with _nothing_kept():
+    with nothing_kept():
         return lowered.compile(compiler_options=options or None)
 
 
@@ -83,19 +80,6 @@ def kernel_reports(f: Callable, *args: jax.ShapeDtypeStruct) -> tuple[list[Kerne
         compiled = compile_for(h200_mesh(), f, *args)
         reports = [_report(path) for path in sorted(Path(folder).glob("*.ptxas"))]
     return reports, compiled.memory_analysis().temp_size_in_bytes
-
-
-@contextlib.contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """Compile without jax's cache on disk: a program for a chip that is not here can be kept but not read back."""
-    kept = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # whether it is used is asked once
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", kept)
-        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

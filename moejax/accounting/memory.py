@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from moejax.accounting.activations import activations, width
+from moejax.accounting.mixers import mixer_size
 from moejax.config.model import ModelConfig
 from moejax.config.run import TrainConfig
-from moejax.models import ModelParts
+from moejax.models import FAMILIES, ModelParts
 from moejax.parallel.plan import MeshPlan
 
 
@@ -84,12 +85,15 @@ def _cast_weights(parts: ModelParts, weights: float) -> float:
 
 
 def cache_bytes(config: ModelConfig, plan: MeshPlan, sequences: int, length: int) -> float:
-    """Give one device's key/value caches for serving: `sequences` in all, of `length` tokens each."""
-    heads = config.attention.num_kv_heads / plan.degree("kv_heads")
-    local = sequences / plan.degree("batch")
-    return (
-        2.0 * config.num_layers * local * length * heads * config.attention.head_dim * width(config.precision.compute)
-    )
+    """Give one device's caches for serving: `sequences` in all, of `length` tokens each."""
+    total = 0.0
+    for layer in FAMILIES[config.name].layers(config):
+        size = mixer_size(config, layer.mixer, plan)
+        if size.is_linear:
+            total += size.heads * size.key_dim * size.value_dim * max(width(config.precision.compute), 4)
+        else:
+            total += length * size.cached * width(config.precision.compute)
+    return total * sequences / plan.degree("batch")
 
 
 def local_bytes(plan: MeshPlan, shapes: Any, specs: Any) -> float:

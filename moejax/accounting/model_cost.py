@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import jax
 
-from moejax.models import ModelParts
+from moejax.accounting.mixers import score_products
+from moejax.models import FAMILIES, ModelParts
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ def model_cost(parts: ModelParts, seq_len: int) -> ModelCost:
         total, active = total + size, active + used
         # A lookup is no matmul, but a tied table is the head's matrix as well.
         lookup = place.axes == ("vocab", "embed") and not config.tie_embeddings
-        matmul += used if len(place.axes) > 1 and not lookup else 0
-    attention = config.attention
-    scores = 2 * seq_len * config.num_layers * attention.num_heads * attention.head_dim
+        matmul += used if not place.is_vector and not lookup else 0
+    layers = FAMILIES[config.name].layers(config)
+    scores = sum(score_products(layer.mixer, seq_len)[0] for layer in layers)
     head = 0
     if moe is not None and moe.competitive:
         head = (moe.num_experts - 1) * config.vocab * config.embed

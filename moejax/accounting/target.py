@@ -1,10 +1,13 @@
 """How is a program compiled for machines that are not here? A description of their chips stands in for the devices."""
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from moejax.accounting.chips import Chip
 
@@ -68,3 +71,16 @@ def h200_devices(number: int, chip: Chip) -> list[Any]:
     return list(
         topologies.get_topology_desc(platform="cuda", topology_name="", topology=shape, target_config=H200).devices
     )
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Compile without jax's cache on disk: a program for a chip that is not here can be kept but not read back."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether it is used is asked once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()

@@ -126,6 +126,9 @@ def parse_value(text: str, hint: Any) -> Any:
         hint = next(member for member in members if member is not NoneType)
     if get_origin(hint) is Literal:
         return next((choice for choice in get_args(hint) if str(choice) == text), text)
+    if get_origin(hint) is tuple:
+        kind = get_args(hint)[0]
+        return [parse_value(part.strip(), kind) for part in text.strip("[]()").split(",") if part.strip()]
     if hint is bool and text.lower() in TRUE_WORDS + FALSE_WORDS:
         return text.lower() in TRUE_WORDS
     if hint in (int, float):

@@ -6,7 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from moejax.axes import MESH_AXES
-from moejax.config.model import FORBID_UNKNOWN
+from moejax.config.fields import FORBID_UNKNOWN
 
 Degree = Annotated[int, Field(ge=1)]
 

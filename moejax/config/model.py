@@ -1,17 +1,12 @@
-"""What a model is: its sizes, its router, its precisions. Knows no mesh and no jax."""
+"""What a model is: its sizes, its layers, its precisions. Knows no mesh and no jax."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-FORBID_UNKNOWN = ConfigDict(extra="forbid")
-
-Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
+from moejax.config.attention import AttentionConfig, LatentConfig, LightningConfig, Mixer, T5AttentionConfig
+from moejax.config.fields import FORBID_UNKNOWN, Count, Dtype, Positive, Rate
+from moejax.config.moe import MoEConfig
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
@@ -29,137 +24,56 @@ class Precision:
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
-class AttentionConfig:
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions (arXiv 2104.09864)."""
+class ResidualConfig:
+    """What a sublayer's output is added to: x = alpha * x + beta * sublayer(norm(x))."""
 
-    num_heads: Count = 8
-    """query heads"""
-    num_kv_heads: Count = 4
-    """key/value heads; num_heads must be a multiple"""
-    head_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 32
-    """channels per head"""
-    rope_theta: Positive = 10_000.0
-    """base of the rotary frequencies"""
-    dropout: Rate = 0.0
-    """dropout rate of attention probabilities"""
-    window: Count | None = None
-    """a query sees so many keys, its own included (sliding window, arXiv 2310.06825); none: all before it"""
-    implementation: Literal["auto", "mosaic", "xla", "reference"] = "auto"
-    """mosaic: flash attention on Hopper; xla: by blocks; reference: all scores in memory; auto: mosaic on Hopper where
-    it can, else xla"""
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+    of_norm: bool = False
+    """carry norm(x) on instead of x, as DeepNorm's post-norm does (arXiv 2203.00555, MiniMax-01)"""
+    attention: tuple[Positive, Positive] = (1.0, 1.0)
+    """alpha and beta of softmax attention"""
+    lightning: tuple[Positive, Positive] = (1.0, 1.0)
+    """alpha and beta of lightning attention"""
+    ffn: tuple[Positive, Positive] = (1.0, 1.0)
+    """alpha and beta of the feed-forward"""
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
-class RouterConfig:
-    """Who decides which expert sees which token, with what weight, and what keeps the load even."""
+class EncoderConfig:
+    """The encoder of an encoder-decoder; its layers are as wide as the decoder's."""
 
-    kind: Literal["top_k", "expert_choice", "soft"] = "top_k"
-    """top_k: a token picks experts; expert_choice: an expert picks tokens (training only, arXiv 2202.09368);
-    soft: every expert sees every token (Jacobs 1991)"""
-    num_active: Count = 2
-    """experts per token (for expert_choice: the mean)"""
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """what turns logits into probabilities"""
-    normalize: bool = True
-    """combine weights of the chosen experts sum to one (Mixtral); off: the full softmax probability (Switch)"""
-    noise: Literal["none", "gaussian", "jitter"] = "none"
-    """exploration while training: gaussian is Shazeer's noisy top-k (arXiv 1701.06538), jitter multiplies the
-    router's input by U(1-jitter, 1+jitter) (arXiv 2101.03961)"""
-    jitter: Rate = 0.01
-    """half-width of the multiplicative jitter"""
-    load_balance: NonNegative = 0.0
-    """alpha of the Switch loss alpha * E * sum f_i P_i (arXiv 2101.03961)"""
-    z_loss: NonNegative = 0.0
-    """weight of mean(logsumexp(logits)^2) (arXiv 2202.08906)"""
-    importance_loss: NonNegative = 0.0
-    """weight of CV(importance)^2 (arXiv 1701.06538)"""
-    load_loss: NonNegative = 0.0
-    """weight of CV(smooth load)^2; wants noise = "gaussian" (arXiv 1701.06538)"""
-    bias_update_rate: NonNegative = 0.0
-    """step of the loss-free balancing bias, added for the choice alone (arXiv 2408.15664); 0: no bias"""
-    num_groups: Count = 1
-    """groups that the experts fall into, one per node (DeepSeek-V3's node-limited routing, arXiv 2412.19437)"""
-    groups_kept: Count = 1
-    """groups that one token may reach: those whose best num_active / groups_kept experts score highest together"""
-
-    def __post_init__(self) -> None:
-        if self.groups_kept > self.num_groups:
-            raise ValueError(f"groups_kept ({self.groups_kept}) must not exceed num_groups ({self.num_groups})")
-        if self.num_groups > 1 and self.kind != "top_k":
-            raise ValueError(f'num_groups ({self.num_groups}) needs kind = "top_k", not "{self.kind}"')
-        if self.load_loss and self.noise != "gaussian":
-            raise ValueError(f'load_loss ({self.load_loss}) needs noise = "gaussian", not "{self.noise}"')
-        if self.kind != "top_k" and (self.noise == "gaussian" or self.bias_update_rate):
-            raise ValueError(f'noise = "gaussian" and bias_update_rate need kind = "top_k", not "{self.kind}"')
-        if self.kind != "top_k" and self.load_balance:
-            raise ValueError(f'load_balance ({self.load_balance}) needs kind = "top_k", not "{self.kind}": set it to 0')
+    num_layers: Count = 4
+    """blocks of attention and feed-forward"""
+    every: Count = 2
+    """of so many layers the second is sparse; 1: all are"""
 
 
-@dataclass(frozen=True, config=FORBID_UNKNOWN)
-class MoEConfig:
-    """A layer of experts behind a router."""
-
-    num_experts: Count = 8
-    """routed experts"""
-    expert_ffn: Count = 512
-    """hidden width of one expert"""
-    router: RouterConfig = RouterConfig()
-    """the router"""
-    capacity_factor: Positive | None = None
-    """slots per expert and sequence, as a multiple of T * num_active / num_experts; none: dropless"""
-    dispatch: Literal["auto", "dense", "capacity", "sorted"] = "auto"
-    """dense: every expert on every token (the oracle); capacity: fixed slots, overflow dropped and counted;
-    sorted: dropless grouped matmul; auto: capacity where a capacity_factor is given, else sorted"""
-    implementation: Literal["auto", "mosaic", "triton", "xla", "ragged_dot", "reference"] = "auto"
-    """sorted: how groups of rows meet their experts' weights; see ops/grouped_matmul.py"""
-    num_shared_experts: Annotated[int, Field(ge=0)] = 0
-    """experts of width expert_ffn that see every token, ungated (arXiv 2401.06066)"""
-    every: Count = 1
-    """a sparse layer every so many layers, the last of each period (Switch: 2)"""
-    dropout: Rate = 0.0
-    """dropout inside the experts"""
-    competitive: bool = False
-    """soft mixtures only: the last layer's experts predict apart and the loss is Jacobs' competitive one,
-    -log sum p_i P_i(y)"""
-
-    def __post_init__(self) -> None:
-        if self.router.num_active > self.num_experts:
-            raise ValueError(f"num_active ({self.router.num_active}) must not exceed num_experts ({self.num_experts})")
-        groups = self.router.num_groups
-        if self.num_experts % groups:
-            raise ValueError(f"num_experts ({self.num_experts}) must divide by num_groups ({groups})")
-        if self.router.num_active > self.num_experts // groups * self.router.groups_kept:
-            raise ValueError(
-                f"num_active ({self.router.num_active}) must not exceed the experts of groups_kept "
-                f"({self.router.groups_kept}) groups of {self.num_experts // groups}"
-            )
-        if self.router.kind == "expert_choice" and self.dispatch == "sorted":
-            raise ValueError('expert_choice has fixed slots: set dispatch = "capacity" or "dense"')
-        if self.dispatch == "capacity" and self.capacity_factor is None and self.router.kind != "expert_choice":
-            raise ValueError('dispatch = "capacity" needs a capacity_factor (1.25 is usual)')
-        if self.dispatch == "sorted" and self.capacity_factor is not None:
-            raise ValueError(f'dispatch = "sorted" is dropless: remove capacity_factor ({self.capacity_factor})')
-        if self.competitive and self.router.kind != "soft":
-            raise ValueError(f'competitive needs router.kind = "soft", not "{self.router.kind}"')
-
-    def way(self, training: bool) -> Literal["dense", "capacity", "sorted"]:
-        """Say how rows reach their experts: a capacity is for training alone, inference never drops a token."""
-        if self.router.kind == "soft" or self.dispatch == "dense":
-            return "dense"
-        if self.router.kind == "expert_choice":
-            return "capacity"
-        return "capacity" if self.capacity_factor is not None and training else "sorted"
+Family = Literal[
+    "llama",
+    "soft_mixture",
+    "switch",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "minimax",
+    "minimax_m2",
+    "gpt_oss",
+    "glm4_moe",
+    "granite_moe",
+    "switch_transformers",
+]
+DENSE = ("llama", "qwen3")
+"""Families without experts."""
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
 class ModelConfig:
-    """A decoder-only language model."""
+    """A language model: a decoder alone, or behind an encoder."""
 
-    name: Literal["dense", "soft_mixture", "switch", "mixtral"] = "dense"
+    name: Family = "llama"
     """which file of moejax/models lists the layers"""
     vocab: Count = 2048
     """vocabulary; a tokenizer trained for the run gets this size"""
@@ -170,11 +84,31 @@ class ModelConfig:
     ffn: Count = 704
     """hidden width of a dense feed-forward layer"""
     attention: AttentionConfig = AttentionConfig()
-    """every layer's attention"""
+    """softmax attention"""
+    latent: LatentConfig | None = None
+    """latent attention, which takes the place of softmax attention where it is given"""
+    lightning: LightningConfig | None = None
+    """lightning attention, for the layers that `mixers` gives it"""
+    t5: T5AttentionConfig | None = None
+    """T5's attention, which an encoder-decoder has instead"""
+    encoder: EncoderConfig | None = None
+    """what reads the source, which the decoder's layers look into"""
+    mixers: tuple[Literal["attention", "global", "lightning"], ...] = ("attention",)
+    """what mixes the tokens, layer by layer, over and over: attention, attention without its window, lightning"""
+    ffn_activation: Literal["swiglu", "relu"] = "swiglu"
+    """of the dense feed-forward; relu has no gate (T5)"""
+    ffn_bias: bool = False
+    """biases on the dense feed-forward's matrices"""
     moe: MoEConfig | None = None
     """the sparse layers; none: dense"""
     tie_embeddings: bool = False
     """the head is the embedding table, transposed"""
+    residual: ResidualConfig = ResidualConfig()
+    """how sublayers join the residual stream"""
+    embed_scale: Positive = 1.0
+    """what embeddings are multiplied by"""
+    logit_divisor: Positive = 1.0
+    """what logits are divided by"""
     norm_eps: Positive = 1e-5
     """epsilon of every RMSNorm (arXiv 1910.07467)"""
     dropout: Rate = 0.0
@@ -188,6 +122,23 @@ class ModelConfig:
     precision: Precision = Precision()
     """dtypes"""
 
+    def mixer_tables(self) -> dict[str, Mixer]:
+        """Give the mixers that the layers use, by the name of their table."""
+        if self.t5 is not None:
+            return {"t5": self.t5}
+        tables: dict[str, Mixer] = {}
+        if {"attention", "global"} & set(self.mixers):
+            tables |= {"attention": self.attention} if self.latent is None else {"latent": self.latent}
+        return tables if self.lightning is None else {**tables, "lightning": self.lightning}
+
     def __post_init__(self) -> None:
-        if (self.moe is None) != (self.name == "dense"):
+        if (self.moe is None) != (self.name in DENSE):
             raise ValueError(f'name = "{self.name}" {"needs a" if self.moe is None else "takes no"} [moe] table')
+        if ("lightning" in self.mixers) != (self.lightning is not None):
+            raise ValueError('mixers that name "lightning" need a [lightning] table, and the other way round')
+        if len({self.name == "switch_transformers", self.encoder is not None, self.t5 is not None}) > 1:
+            raise ValueError(f'name = "{self.name}": "switch_transformers", and it alone, has [encoder] and [t5] tables')
+        if self.moe is not None and self.moe.router.balance_over == "stack" and self.encoder is None:
+            raise ValueError('balance_over = "stack" is of an encoder and a decoder: set it to "layer" or "model"')
+        if not self.mixers:
+            raise ValueError('mixers = []: name at least one, such as "attention"')

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from moejax.config.fields import FORBID_UNKNOWN, Count, NonNegative, Positive
 from moejax.config.mesh import MeshConfig
-from moejax.config.model import FORBID_UNKNOWN, Count, ModelConfig, NonNegative, Positive
+from moejax.config.model import ModelConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -20,6 +21,14 @@ class DataConfig:
     or a path or glob of .txt, .jsonl or .parquet files"""
     text_field: str = "text"
     """the column or key that holds the text of a .jsonl or .parquet row"""
+    format: Literal["text", "chat"] = "text"
+    """chat: .jsonl rows of messages, rendered by the model's chat template; the loss counts the assistant's answers"""
+    objective: Literal["next_token", "span_corruption"] = "next_token"
+    """span_corruption: an encoder reads the text with spans cut out, the decoder writes them (T5, arXiv 1910.10683)"""
+    messages_field: str = "messages"
+    """chat: the key that holds a row's list of {"role", "content"}"""
+    chat_template: str = ""
+    """chat: the path of a .jinja file; empty: the one beside tokenizer.json, or ours for bpe and bytes"""
     tokenizer: str = "bpe"
     """bpe: trained on the corpus at model.vocab; bytes: one token a byte; or the path of a tokenizer.json"""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
@@ -64,6 +73,8 @@ class TrainConfig:
     """sequences per optimizer step, over all devices"""
     seq_len: Count = 256
     """tokens per sequence"""
+    source_len: Count | None = None
+    """tokens of the source that an encoder reads beside each sequence; none: seq_len"""
     microbatches: Count = 1
     """gradient accumulation: parts of the global batch run one after the other"""
     seed: int = 0
@@ -86,6 +97,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.global_batch % self.microbatches:
             raise ValueError(f"global_batch ({self.global_batch}) must divide by microbatches ({self.microbatches})")
+
+    def num_source(self) -> int:
+        """Give the tokens of a source."""
+        return self.seq_len if self.source_len is None else self.source_len
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)

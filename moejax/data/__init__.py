@@ -2,7 +2,8 @@
 
 A corpus is read and split by file (`sources`, `corpus`), tokenized without loss (`tokenizer`), packed into rows without
 padding (`packing`), prepared once and cached (`dataset`), and served as batches (`batches`): a step's batch is a pure
-function of (seed, step).
+function of (seed, step). Conversations are texts too, rendered by the model's template (`chat_template`), in which the
+answers are marked (`chat`).
 """
 
 from importlib import import_module

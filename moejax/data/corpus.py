@@ -1,13 +1,17 @@
 """Which documents does a run train on, and which are held out?"""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from moejax.config.run import DataConfig
+from moejax.data.chat import ChatFormat
 from moejax.data.sources import STDLIB_SOURCES, RawDocument, SourceFile, list_files, read_documents
 
 _FORMAT = "1"  # counts up when the same files begin to give other documents or another split
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,40 +32,53 @@ class Documents:
         return f"{self.source}: train {train}; validation {val}; {left_out}; sha256 {self.fingerprint[:12]}"
 
 
-def fingerprint_files(config: DataConfig, files: Sequence[SourceFile]) -> str:
+def fingerprint_files(config: DataConfig, files: Sequence[SourceFile], chat: ChatFormat | None = None) -> str:
     """Hash what decides the documents and their split, parsing nothing: the files' names and bytes, the settings."""
     kind = config.source if config.source in STDLIB_SOURCES else "files"
     digest = hashlib.sha256(repr((_FORMAT, kind, config.text_field, config.val_fraction)).encode())
+    if chat is not None:
+        digest.update(repr(("chat", chat.hash())).encode())
     for file in files:
         with file.path.open("rb") as data:
             digest.update(repr((file.name, hashlib.file_digest(data, "sha256").hexdigest())).encode())
     return digest.hexdigest()
 
 
-def load_documents(config: DataConfig) -> Documents:
+def load_documents(config: DataConfig, chat: ChatFormat | None = None) -> Documents:
     """Read a corpus, drop exact duplicates and empty documents, and hold out about val_fraction of its bytes.
 
     All documents of a file are on one side; a single file is split by rows, a single document by position. The choice
-    goes by the hash of the names, so that it does not change with order or place. The corpus is held in memory.
+    goes by the hash of the names, so that it does not change with order or place. The corpus is held in memory. With
+    `chat`, documents are conversations as marked texts, one a row.
 
     Raises:
         FileNotFoundError: nothing matches the source.
         ValueError: a file cannot be read, or one side of the split would be empty.
     """
     files = list_files(config.source)
-    raw = [document for file in files for document in read_documents(config.source, file, config.text_field)]
+    raw = [
+        document
+        for file in files
+        for document in (chat.read(file) if chat else read_documents(config.source, file, config.text_field))
+    ]
     filled = [document for document in raw if document.text.strip()]
+    if chat and len(filled) < len(raw):
+        skipped = len(raw) - len(filled)
+        _log.warning("%s: %d of %d conversations have no assistant's turn: skipped", config.source, skipped, len(raw))
     unique: dict[str, RawDocument] = {}
     for document in filled:
         unique.setdefault(document.text, document)
     if not unique:
-        raise ValueError(f"data.source ({config.source}) has no text in its {len(files)} files: give others")
+        what = "conversation that an assistant speaks in" if chat else "text"
+        raise ValueError(f"data.source ({config.source}) has no {what} in its {len(files)} files: give others")
+    if chat and len(unique) == 1:
+        raise ValueError(f"data.source ({config.source}) has one conversation, must have two: one of them is held out")
     train, val = split(list(unique.values()), config.val_fraction)
     return Documents(
         source=config.source,
         train=train,
         val=val,
-        fingerprint=fingerprint_files(config, files),
+        fingerprint=fingerprint_files(config, files, chat),
         num_duplicates=len(filled) - len(unique),
         num_empty=len(raw) - len(filled),
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from moejax.config.run import DataConfig
+from moejax.data.chat import ChatFormat, encode_chats
 from moejax.data.corpus import Documents, fingerprint_files, load_documents
 from moejax.data.packing import PackedDataset, TokenStore
 from moejax.data.sources import list_files
@@ -47,12 +48,16 @@ class Data:
     tokenizer: Tokenizer
     fingerprint: str
     val_text_stats: TextStats
+    """of the held-out text; of conversations, of the answers alone"""
+    chat_template: str = ""
+    """the jinja source that conversations were rendered by"""
 
     def describe(self) -> str:
         """Say in one line how much there is."""
         train, val = self.train.store, self.val.store
+        counted = "" if train.answers is None else f" (answers: {train.answers.sum():,})"
         return (
-            f"train {len(train.tokens):,} tokens, validation {len(val.tokens):,};"
+            f"train {len(train.tokens):,} tokens{counted}, validation {len(val.tokens):,};"
             f" vocab {self.tokenizer.vocab_size}, {train.num_bytes / len(train.tokens):.2f} bytes per token;"
             f" held-out text {self.val_text_stats.unigram_entropy:.3f} bits per byte as single bytes,"
             f" {self.val_text_stats.bz2_bits_per_byte:.3f} by bz2; sha256 {self.fingerprint[:12]}"
@@ -80,11 +85,12 @@ def prepare(config: DataConfig, vocab: int, seq_len: int, seed: int, cache_dir: 
         FileNotFoundError: nothing matches data.source, or data.tokenizer names no file.
         ValueError: a file is unreadable, a side of the split empty, or the tokenizer does not fit into the vocabulary.
     """
-    fingerprint = fingerprint_files(config, list_files(config.source))
+    chat = ChatFormat.of(config) if config.format == "chat" else None
+    fingerprint = fingerprint_files(config, list_files(config.source), chat)
     entry = _cache_root(cache_dir) / _cache_key(config, vocab, fingerprint)
     prepared = _read_entry(entry)
     if prepared is None:
-        prepared = _build(load_documents(config), config, vocab)
+        prepared = _build(load_documents(config, chat), config, vocab, chat)
         _write_entry(entry, prepared)
     return Data(
         train=PackedDataset(prepared.train, seq_len, seed),
@@ -92,6 +98,7 @@ def prepare(config: DataConfig, vocab: int, seq_len: int, seed: int, cache_dir: 
         tokenizer=prepared.tokenizer,
         fingerprint=fingerprint,
         val_text_stats=prepared.stats,
+        chat_template=chat.template.source if chat else "",
     )
 
 
@@ -107,8 +114,15 @@ def text_stats(texts: Sequence[str]) -> TextStats:
     )
 
 
-def _build(documents: Documents, config: DataConfig, vocab: int) -> _Prepared:
+def _build(documents: Documents, config: DataConfig, vocab: int, chat: ChatFormat | None) -> _Prepared:
     _log.info("%s", documents.describe())
+    if chat is not None:
+        tokenizer = build_tokenizer(config, vocab, [chat.words(text) for text in documents.train])
+        train, val = (
+            TokenStore.from_chats(*encode_chats(tokenizer, side), tokenizer.token_bytes)
+            for side in (documents.train, documents.val)
+        )
+        return _Prepared(train, val, tokenizer, text_stats([chat.answers(text) for text in documents.val]))
     tokenizer = build_tokenizer(config, vocab, documents.train)
     train, val = (
         TokenStore.from_ids(tokenizer.encode_batch(side), tokenizer.bos_id, tokenizer.eos_id, tokenizer.token_bytes)
@@ -138,7 +152,12 @@ def _read_entry(entry: Path) -> _Prepared | None:
         # opened here: of a damaged archive np.load would leave the file open
         with (entry / "tokens.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             stores = [
-                TokenStore(arrays[f"{side}_tokens"], arrays[f"{side}_offsets"], tokenizer.token_bytes)
+                TokenStore(
+                    arrays[f"{side}_tokens"],
+                    arrays[f"{side}_offsets"],
+                    tokenizer.token_bytes,
+                    arrays.get(f"{side}_answers"),
+                )
                 for side in ("train", "val")
             ]
             stats = TextStats(*map(float, arrays["stats"]))
@@ -147,6 +166,8 @@ def _read_entry(entry: Path) -> _Prepared | None:
         for store in stores:
             if store.offsets[-1] != len(store.tokens) or store.tokens.max() >= tokenizer.vocab_size:
                 raise ValueError("tokens and offsets do not fit")
+            if store.answers is not None and store.answers.shape != store.tokens.shape:
+                raise ValueError("tokens and answers do not fit")
         return _Prepared(stores[0], stores[1], tokenizer, stats)
     except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         _log.warning("cache entry %s is damaged (%s): building it anew", entry, error)
@@ -162,6 +183,8 @@ def _write_entry(entry: Path, prepared: _Prepared) -> None:
     except OSError as error:
         _log.warning("cache %s cannot be written (%s): the next start will tokenize again", entry.parent, error)
         return
+    sides = {"train": prepared.train, "val": prepared.val}
+    answers = {f"{side}_answers": store.answers for side, store in sides.items() if store.answers is not None}
     try:
         prepared.tokenizer.save(unfinished / "tokenizer.json")
         np.savez(
@@ -172,6 +195,8 @@ def _write_entry(entry: Path, prepared: _Prepared) -> None:
             val_offsets=prepared.val.offsets,
             stats=np.array(astuple(prepared.stats)),
             tokenizer=np.array(prepared.tokenizer.hash()),
+            allow_pickle=False,
+            **answers,
         )
         unfinished.rename(entry)
     except OSError as error:

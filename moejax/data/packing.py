@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
 Batch = dict[str, np.ndarray]
 """inputs, targets, segments, positions, bytes int32 and weights float32, each [..., T]"""
@@ -27,6 +27,8 @@ class TokenStore:
     offsets: Int64[np.ndarray, " num_documents_plus_1"]
     token_bytes: Int32[np.ndarray, " V"]
     """UTF-8 bytes of each id, 0 for specials"""
+    answers: Bool[np.ndarray, " num_tokens"] | None = None
+    """of conversations, the tokens that the loss counts; None: all"""
 
     @classmethod
     def from_ids(cls, ids: Sequence[np.ndarray], bos_id: int, eos_id: int, token_bytes: np.ndarray) -> "TokenStore":
@@ -39,6 +41,15 @@ class TokenStore:
         for document, start in zip(ids, offsets[:-1], strict=True):
             tokens[start + 1 : start + 1 + len(document)] = document
         return cls(tokens, offsets, token_bytes.astype(np.int32))
+
+    @classmethod
+    def from_chats(
+        cls, ids: Sequence[np.ndarray], answers: Sequence[np.ndarray], token_bytes: np.ndarray
+    ) -> "TokenStore":
+        """Join conversations as they are: begin and end are the chat template's."""
+        offsets = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum([len(document) for document in ids], out=offsets[1:])
+        return cls(np.concatenate(ids), offsets, token_bytes.astype(np.int32), np.concatenate(answers))
 
     @property
     def doc_lengths(self) -> Int64[np.ndarray, " num_documents"]:
@@ -117,9 +128,9 @@ class PackedDataset:
     """The rows themselves, by number and without end; row i depends on (store, seq_len, seed, i) alone.
 
     Of a row, all [T]: inputs and targets; segments 1, 2, … and positions from 0 anew in each, also where a document
-    continues from the row before; weights, 0 where the target is another document's; bytes of the target's text, 0 for
-    specials, so that sum(nats) / ln 2 / sum(bytes) is bits per byte. The end of a document is predicted (weight 1) and
-    stands for no byte.
+    continues from the row before; weights, 0 where the target is another document's or, in a conversation, of no
+    answer; bytes of the target's text, 0 for specials and where the weight is 0, so that sum(nats) / ln 2 / sum(bytes)
+    is bits per byte. The end of a document is predicted (weight 1) and stands for no byte.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, seed: int):
@@ -140,15 +151,18 @@ class PackedDataset:
         columns = np.arange(self.seq_len + 1)
         positions = columns - np.repeat(begins, lengths)
         segments = np.repeat(np.arange(1, len(spans) + 1, dtype=np.int32), lengths)
-        tokens = self.store.tokens[np.repeat(self.store.offsets[spans[:, 0]] + starts, lengths) + positions]
-        same = segments[1:] == segments[:-1]
+        places = np.repeat(self.store.offsets[spans[:, 0]] + starts, lengths) + positions
+        tokens = self.store.tokens[places]
+        counted = segments[1:] == segments[:-1]
+        if self.store.answers is not None:
+            counted &= self.store.answers[places[1:]]
         return {
             "inputs": tokens[:-1],
             "targets": tokens[1:],
             "segments": segments[:-1],
             "positions": positions[:-1].astype(np.int32),
-            "weights": same.astype(np.float32),
-            "bytes": np.where(same, self.store.token_bytes[tokens[1:]], 0).astype(np.int32),
+            "weights": counted.astype(np.float32),
+            "bytes": np.where(counted, self.store.token_bytes[tokens[1:]], 0).astype(np.int32),
         }
 
     def rows(self, start: int, stop: int) -> Batch:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 STDLIB_SOURCES = ("stdlib-prose", "stdlib-code")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -67,7 +68,7 @@ def read_documents(source: str, file: SourceFile, text_field: str) -> Iterator[R
     elif file.path.suffix.lower() == ".txt":
         yield RawDocument(file.name, file.name, _decode(file.path.read_bytes(), str(file.path)))
     else:
-        rows = _jsonl_rows if file.path.suffix.lower() == ".jsonl" else _parquet_rows
+        rows = _jsonl_texts if file.path.suffix.lower() == ".jsonl" else _parquet_texts
         for number, text in rows(file.path, text_field):
             yield RawDocument(f"{file.name}:{number}", file.name, text)
 
@@ -153,7 +154,11 @@ def _decode(data: bytes, place: str) -> str:
         raise ValueError(f"{place}: invalid UTF-8 at byte {error.start}: convert the file to UTF-8") from None
 
 
-def _jsonl_rows(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+def jsonl_rows(path: Path, field: str, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read the objects of a .jsonl file, each with its line's number; blank lines are passed over.
+
+    Raises ValueError, naming file and line, for a line that is no object with the key `field`, of data.`setting`.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -165,15 +170,20 @@ def _jsonl_rows(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): write one object a line") from None
             if not isinstance(row, dict):
                 raise ValueError(
-                    f"{path}, line {number}: a {type(row).__name__}, must be an object with the key {text_field!r}"
+                    f"{path}, line {number}: a {type(row).__name__}, must be an object with the key {field!r}"
                 )
-            if text_field not in row:
+            if field not in row:
                 keys = ", ".join(map(repr, row)) or "none"
-                raise ValueError(f"{path}, line {number}: no key {text_field!r} among {keys}: set data.text_field")
-            yield number, _checked(row[text_field], text_field, f"{path}, line {number}")
+                raise ValueError(f"{path}, line {number}: no key {field!r} among {keys}: set data.{setting}")
+            yield number, row
 
 
-def _parquet_rows(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+def _jsonl_texts(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    for number, row in jsonl_rows(path, text_field, "text_field"):
+        yield number, _checked(row[text_field], text_field, f"{path}, line {number}")
+
+
+def _parquet_texts(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
     import pyarrow.lib  # here: most corpora need no pyarrow, and its import takes longer than reading them
     import pyarrow.parquet as parquet
 

@@ -76,9 +76,40 @@ class Tokenizer:
             ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
         return ids
 
+    def encode_with_specials(self, texts: Sequence[str], skip: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Encode texts whose specials are meant, save those that the character `skip` stands in; it is no token.
+
+        Gives the int32 ids of each text and the [num_tokens, 2] characters, begin and end, that each token is of.
+        """
+        backend = self._reading_specials(skip)
+        encoded = []
+        for batch in _batches(texts, _BATCH_CHARS):
+            for encoding in backend.encode_batch(batch, add_special_tokens=False):
+                encoded.append((np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)))
+        return encoded
+
+    def _reading_specials(self, skip: str) -> tokenizers.Tokenizer:
+        """Copy the backend into one that looks for specials first and drops the character `skip` only then."""
+        parts = json.loads(self._backend.to_str())
+        for token in parts["added_tokens"]:
+            # a special looked for in the normalized text would find what `skip` has kept apart
+            token["normalized"] = token["normalized"] and not token["special"]
+        drop = {"type": "Replace", "pattern": {"String": skip}, "content": ""}
+        own = [parts["normalizer"]] if parts["normalizer"] else []
+        parts["normalizer"] = {"type": "Sequence", "normalizers": [drop, *own]}
+        parts["post_processor"] = None  # it may trim blanks from the offsets
+        _allow_threads()
+        return tokenizers.Tokenizer.from_str(json.dumps(parts))
+
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Decode ids; specials, and ids that no token has, are skipped."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @cached_property
+    def specials(self) -> dict[str, int]:
+        """The special tokens' texts and ids, by id."""
+        added = sorted(self._backend.get_added_tokens_decoder().items())
+        return {token.content: i for i, token in added if token.special}
 
     @cached_property
     def vocab_size(self) -> int:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from moejax.ops.random import dropout, fold
-from moejax.ops.rope import rope_tables
 from moejax.parallel.plan import MeshPlan
 
 
@@ -28,6 +27,8 @@ class Context:
     length: int = field(metadata={"static": True})
     key: UInt32[Array, "2"] | None = None
     layer: Int[Array, ""] | int = 0
+    keep_logits: bool = field(default=False, metadata={"static": True})
+    """let routers hand out their logits"""
 
     @classmethod
     def of(
@@ -62,10 +63,6 @@ class Context:
     def tokens_BT(self) -> UInt32[Array, "B T"]:
         """Give the tokens' numbers in the global batch: row * length + index."""
         return self.rows_B[:, None] * jnp.uint32(self.length) + self.index_BT.astype(jnp.uint32)
-
-    def rope(self, head_dim: int, theta: float) -> Float[Array, "2 B T h"]:
-        """Give the rotary tables of these positions."""
-        return rope_tables(self.positions_BT, head_dim, theta)
 
 
 PURPOSE_ATTENTION, PURPOSE_MIXER, PURPOSE_FFN, PURPOSE_ROUTER, PURPOSE_EXPERT = range(5)

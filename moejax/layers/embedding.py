@@ -32,22 +32,33 @@ class Head(nnx.Module):
     """The logits' matrix [D, V], its vocabulary split over tensor, or the embedding table transposed."""
 
     def __init__(
-        self, plan: MeshPlan, rngs: nnx.Rngs, vocab: int, dim: int, precision: Precision, scale: float, tied: bool
+        self,
+        plan: MeshPlan,
+        rngs: nnx.Rngs,
+        vocab: int,
+        dim: int,
+        precision: Precision,
+        scale: float,
+        tied: bool,
+        divisor: float = 1.0,
     ) -> None:
         made = {"dtype": precision.params, "fan_in": dim, "scale": scale}
         self.weight = None if tied else make_param(plan, rngs, (dim, vocab), ("embed", "vocab"), **made)
         self.plan, self.dtype = plan, precision.compute
-        self.wide = precision.accumulate
+        self.wide, self.divisor = precision.accumulate, divisor
 
     def matrix(self, embedding: Embedding) -> tuple[Array, int]:
         """Give the local part of the matrix, and its dim of the vocabulary: 0 for a table of embeddings."""
-        if self.weight is None:
-            return read(embedding.table, self.dtype), 0
-        return read(self.weight, self.dtype), 1
+        w, vocab_dim = (embedding.table, 0) if self.weight is None else (self.weight, 1)
+        return read(w, self.dtype), vocab_dim
+
+    def scaled(self, x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Give what meets the matrix: logits are divided by a constant here, where they are fewer."""
+        return x_BTD if self.divisor == 1.0 else x_BTD / self.divisor
 
     def __call__(self, x_BTD: Float[Array, "*B D"], embedding: Embedding) -> Float[Array, "*B v"]:
         """Give the local columns of the logits, in the accumulate dtype; x has entered tensor already."""
         w, vocab_dim = self.matrix(embedding)
         w_Dv = w if vocab_dim else w.T
         wide = jnp.promote_types(self.dtype, self.wide)
-        return jnp.einsum("...D,DV->...V", x_BTD, w_Dv, preferred_element_type=wide)
+        return jnp.einsum("...D,DV->...V", self.scaled(x_BTD), w_Dv, preferred_element_type=wide)

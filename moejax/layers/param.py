@@ -17,17 +17,18 @@ def make_param(
     dtype: str,
     fan_in: int | None = None,
     scale: float = 1.0,
+    fill: float = 1.0,
 ) -> nnx.Param:
-    """Make a weight: truncated normal of std sqrt(scale / fan_in), cut at two of them; ones where fan_in is None.
+    """Make a weight: truncated normal of std sqrt(scale / fan_in), cut at two of them; `fill` where fan_in is None.
 
     Its logical axes and its ZeRO dim travel with it as metadata.
     """
     if fan_in is None:
-        value = jnp.ones(shape, dtype)
+        value = jnp.full(shape, fill, dtype)
     else:
         draw = jax.nn.initializers.truncated_normal((scale / fan_in) ** 0.5)
         value = draw(rngs.params(), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
-    return nnx.Param(value, placement=place(plan, axes, shape))
+    return nnx.Param(value, placement=place(plan, axes, shape, is_vector=fan_in is None))
 
 
 def read(param: nnx.Param, dtype: str) -> Array:

@@ -1,45 +1,53 @@
 """One layer of a decoder: a mixer and a feed-forward, each behind a norm and beside the residual stream."""
 
-from typing import Literal
-
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from moejax.config.attention import AttentionConfig, LatentConfig
 from moejax.config.model import ModelConfig
 from moejax.layers.attention import Attention
-from moejax.layers.cache import KVCache
+from moejax.layers.cache import Cache
 from moejax.layers.context import PURPOSE_FFN, PURPOSE_MIXER, Context, residual_dropout
 from moejax.layers.ffn import FeedForward
+from moejax.layers.latent_attention import LatentAttention
+from moejax.layers.lightning import LightningAttention
 from moejax.layers.norm import RMSNorm
-from moejax.moe.dispatch import Apart
+from moejax.models.layer import Layer
+from moejax.moe.experts import Apart
 from moejax.moe.layer import MoELayer
 from moejax.moe.stats import RouterStats
 from moejax.parallel.plan import MeshPlan
 
-Kind = Literal["dense", "sparse"]
-"""What a layer's feed-forward is."""
-
 
 class Block(nnx.Module):
-    """Pre-norm transformer block: x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """Transformer block: x = alpha x + beta mixer(norm(x)), then the same with the feed-forward.
 
-    def __init__(self, config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs, kind: Kind) -> None:
+    Pre-norm carries x on, post-norm what the norm gave.
+    """
+
+    def __init__(self, config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs, layer: Layer) -> None:
         dim, precision, scale = config.embed, config.precision, config.init_scale
         self.mixer_norm = RMSNorm(plan, rngs, dim, config.norm_eps, precision)
-        self.mixer = Attention(plan, rngs, dim, config.attention, precision, scale)
+        mixer = layer.mixer
+        if isinstance(mixer, AttentionConfig):
+            self.mixer = Attention(plan, rngs, dim, mixer, precision, config.norm_eps, scale)
+        elif isinstance(mixer, LatentConfig):
+            self.mixer = LatentAttention(plan, rngs, dim, mixer, precision, scale)
+        else:
+            self.mixer = LightningAttention(plan, rngs, dim, mixer, precision, config.num_layers, scale)
         self.ffn_norm = RMSNorm(plan, rngs, dim, config.norm_eps, precision)
-        if kind == "dense":
-            self.ffn = FeedForward(plan, rngs, dim, config.ffn, precision, scale)
+        if layer.ffn == "dense":
+            self.ffn = FeedForward(plan, rngs, dim, config.ffn, precision, scale, config.ffn_bias)
         else:
             assert config.moe is not None
             self.ffn = MoELayer(plan, rngs, dim, config.moe, precision, scale)
-        self.plan, self.rate = plan, config.dropout
+        self.plan, self.rate, self.layer = plan, config.dropout, layer
 
     def __call__(
-        self, x_BtD: Float[Array, "B t D"], context: Context, cache: KVCache | None = None, apart: Apart | None = None
-    ) -> tuple[Float[Array, "B t D"], RouterStats | None, KVCache | None]:
+        self, x_BtD: Float[Array, "B t D"], context: Context, cache: Cache | None = None, apart: Apart | None = None
+    ) -> tuple[Float[Array, "B t D"], RouterStats | None, Cache | None]:
         """Give the next residual stream, what the router did (None: there is none) and the written cache."""
         x_BtD, cache = self.mix(x_BtD, context, cache)
         with jax.named_scope("ffn"):
@@ -49,26 +57,33 @@ class Block(nnx.Module):
                 y_BtD = self.plan.leave_tensor(y_BTD)
             else:
                 y_BtD = self.ffn(h_BtD)
-            y_BtD = checkpoint_name(y_BtD, "ffn_out")
-            x_BtD = x_BtD + residual_dropout(self.plan, context, y_BtD, self.rate, PURPOSE_FFN)
+            y_BtD = residual_dropout(self.plan, context, checkpoint_name(y_BtD, "ffn_out"), self.rate, PURPOSE_FFN)
+            x_BtD = self._join(x_BtD, h_BtD, y_BtD, self.layer.join_ffn)
         return x_BtD, stats, cache
 
     def mix(
-        self, x_BtD: Float[Array, "B t D"], context: Context, cache: KVCache | None
-    ) -> tuple[Float[Array, "B t D"], KVCache | None]:
+        self, x_BtD: Float[Array, "B t D"], context: Context, cache: Cache | None
+    ) -> tuple[Float[Array, "B t D"], Cache | None]:
         """Run the first sublayer alone."""
         with jax.named_scope("mixer"):
-            y_BtD, cache = self.mixer(self.mixer_norm(x_BtD), context, cache)
-            y_BtD = checkpoint_name(y_BtD, "mixer_out")
-            x_BtD = x_BtD + residual_dropout(self.plan, context, y_BtD, self.rate, PURPOSE_MIXER)
+            h_BtD = self.mixer_norm(x_BtD)
+            y_BtD, cache = self.mixer(h_BtD, context, cache)  # type: ignore[arg-type] (each mixer made its own)
+            y_BtD = residual_dropout(self.plan, context, checkpoint_name(y_BtD, "mixer_out"), self.rate, PURPOSE_MIXER)
+            x_BtD = self._join(x_BtD, h_BtD, y_BtD, self.layer.join_mixer)
         return x_BtD, cache
 
     def uncombined(
-        self, x_BtD: Float[Array, "B t D"], context: Context, cache: KVCache | None = None
-    ) -> tuple[Float[Array, "E B t D"], Float[Array, "E B T"], RouterStats, KVCache | None]:
+        self, x_BtD: Float[Array, "B t D"], context: Context, cache: Cache | None = None
+    ) -> tuple[Float[Array, "E B t D"], Float[Array, "E B T"], RouterStats, Cache | None]:
         """Give one residual stream for each expert, and the experts' log gates: a mixture's last layer."""
         assert isinstance(self.ffn, MoELayer), "only a sparse layer has experts"
         x_BtD, cache = self.mix(x_BtD, context, cache)
-        h_BTD = self.plan.enter_tensor(self.ffn_norm(x_BtD))
-        y_EBTD, log_gate_EBT, stats = self.ffn.uncombined(h_BTD, context)
-        return x_BtD + self.plan.leave_tensor(y_EBTD), log_gate_EBT, stats, cache
+        h_BtD = self.ffn_norm(x_BtD)
+        y_EBTD, log_gate_EBT, stats = self.ffn.uncombined(self.plan.enter_tensor(h_BtD), context)
+        return self._join(x_BtD, h_BtD, self.plan.leave_tensor(y_EBTD), self.layer.join_ffn), log_gate_EBT, stats, cache
+
+    def _join(self, x_BtD: Array, normed_BtD: Array, y_BtD: Array, weights: tuple[float, float]) -> Array:
+        alpha, beta = weights
+        carried_BtD = normed_BtD if self.layer.carries_norm else x_BtD
+        carried_BtD = carried_BtD if alpha == 1.0 else alpha * carried_BtD
+        return carried_BtD + (y_BtD if beta == 1.0 else beta * y_BtD)

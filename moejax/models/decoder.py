@@ -1,7 +1,7 @@
 """A decoder-only language model: embedding, a list of layers run as scanned stacks, norm, head."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.compat import vary
 from moejax.config.model import ModelConfig
-from moejax.layers.cache import KVCache
+from moejax.layers.cache import Cache
 from moejax.layers.context import Context
 from moejax.layers.embedding import Embedding, Head
 from moejax.layers.norm import RMSNorm
-from moejax.models.block import Block, Kind
+from moejax.models.block import Block
+from moejax.models.layer import Layer
 from moejax.models.remat import rematerialize
-from moejax.moe.dispatch import Apart
+from moejax.moe.experts import Apart
 from moejax.moe.layer import MoELayer
 from moejax.moe.stats import RouterStats
 from moejax.parallel.plan import MeshPlan
 from moejax.parallel.rules import check_layers
+
+T = TypeVar("T")
 
 
 class Output(NamedTuple):
@@ -36,9 +39,9 @@ class Output(NamedTuple):
     stats: list[list[RouterStats]]
 
 
-def periods(kinds: Sequence[Kind]) -> list[tuple[tuple[Kind, ...], int]]:
+def periods(kinds: Sequence[T]) -> list[tuple[tuple[T, ...], int]]:
     """Write a list of layers as (period, repeats): at each place the period that covers most, the shortest of those."""
-    runs: list[tuple[tuple[Kind, ...], int]] = []
+    runs: list[tuple[tuple[T, ...], int]] = []
     start = 0
     while start < len(kinds):
         best = (tuple(kinds[start : start + 1]), 1)
@@ -57,17 +60,17 @@ class Stack(nnx.Module):
     """A period of blocks repeated: weights stacked [repeats, ...], one compiled body, scanned."""
 
     def __init__(
-        self, config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs, period: Sequence[Kind], repeats: int, first: int
+        self, config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs, period: Sequence[Layer], repeats: int, first: int
     ) -> None:
-        def make(kind: Kind) -> Block:
+        def make(layer: Layer) -> Block:
             @nnx.split_rngs(splits=repeats)
             @nnx.vmap
             def build(rngs: nnx.Rngs) -> Block:
-                return Block(config, plan, rngs, kind)
+                return Block(config, plan, rngs, layer)
 
             return build(rngs)
 
-        self.blocks = nnx.List([make(kind) for kind in period])
+        self.blocks = nnx.List([make(layer) for layer in period])
         self.repeats, self.first = repeats, first
         self.remat, self.unroll, self.zero_stage = config.remat, config.unroll, plan.config.zero_stage
 
@@ -112,11 +115,11 @@ class Stack(nnx.Module):
 class Decoder(nnx.Module):
     """The model that every file of this package lists the layers of."""
 
-    def __init__(self, config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs, kinds: Sequence[Kind]) -> None:
+    def __init__(self, config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs, layers: Sequence[Layer]) -> None:
         precision = config.precision
         self.embedding = Embedding(plan, rngs, config.vocab, config.embed, precision)
         self.competitive = config.moe is not None and config.moe.competitive
-        scanned = kinds[:-1] if self.competitive else kinds
+        scanned = layers[:-1] if self.competitive else layers
         self.stacks = nnx.List([])
         first = 0
         runs = periods(scanned)
@@ -124,10 +127,17 @@ class Decoder(nnx.Module):
         for period, repeats in runs:
             self.stacks.append(Stack(config, plan, rngs, period, repeats, first))
             first += len(period) * repeats
-        self.mixture = Block(config, plan, rngs, kinds[-1]) if self.competitive else None
+        self.mixture = Block(config, plan, rngs, layers[-1]) if self.competitive else None
         self.norm = RMSNorm(plan, rngs, config.embed, config.norm_eps, precision)
         self.head = Head(
-            plan, rngs, config.vocab, config.embed, precision, config.init_scale, tied=config.tie_embeddings
+            plan,
+            rngs,
+            config.vocab,
+            config.embed,
+            precision,
+            config.init_scale,
+            tied=config.tie_embeddings,
+            divisor=config.logit_divisor,
         )
         self.plan, self.config = plan, config
 
@@ -169,7 +179,7 @@ class Decoder(nnx.Module):
         blocks: Sequence[Block],
         ids_BT: Int[Array, "B T"],
         context: Context,
-        caches: Sequence[KVCache],
+        caches: Sequence[Cache],
         aparts: Sequence[Apart | None] | None = None,
     ) -> tuple[Output, list[Any]]:
         """Run tokens that continue what the caches hold.
@@ -178,12 +188,12 @@ class Decoder(nnx.Module):
         """
         aparts = [None] * len(blocks) if aparts is None else aparts
         x_BtD, written = self._embed(ids_BT), []
-        for block, cache, apart in zip(blocks, caches[: len(blocks)], aparts, strict=True):
-            x_BtD, _, new = block(x_BtD, context, cache, apart)
+        for number, (block, cache, apart) in enumerate(zip(blocks, caches[: len(blocks)], aparts, strict=True)):
+            x_BtD, _, new = block(x_BtD, context.at_layer(number), cache, apart)
             written += [new]
         if self.mixture is None:
             return Output(self.finish(x_BtD), None, []), written
-        x_EBtD, log_gate_EBT, _, new = self.mixture.uncombined(x_BtD, context, caches[-1])
+        x_EBtD, log_gate_EBT, _, new = self.mixture.uncombined(x_BtD, context.at_layer(len(blocks)), caches[-1])
         return Output(self.finish(x_EBtD), log_gate_EBT, []), [*written, new]
 
     def unstacked(self) -> list[Block]:
@@ -194,13 +204,10 @@ class Decoder(nnx.Module):
         """Take every sparse layer's experts apart, for `cached`."""
         return [block.ffn.apart() if isinstance(block.ffn, MoELayer) else None for block in blocks]
 
-    def empty_caches(self, batch: int, length: int) -> list[KVCache]:
+    def empty_caches(self, batch: int, length: int) -> list[Cache]:
         """Make a cache for every layer: `batch` local sequences of `length` tokens."""
-        attention, dtype = self.config.attention, self.config.precision.compute
-        heads = attention.num_kv_heads // self.plan.degree("kv_heads")
-        empty = [KVCache.empty(batch, heads, length, attention.head_dim, dtype) for _ in range(self.config.num_layers)]
-        axes = self.plan.batch_axes() + self.plan.axes_of("heads")
-        return jax.tree.map(lambda leaf: vary(leaf, axes if leaf.ndim == 4 else self.plan.batch_axes()), empty)
+        blocks = self.unstacked() + ([] if self.mixture is None else [self.mixture])
+        return [block.mixer.empty_cache(batch, length) for block in blocks]
 
     def logits(self, output: Output) -> Float[Array, "B T v"]:
         """Give the local columns of the logits; of a mixture, the log of the mixed probabilities."""
@@ -221,4 +228,5 @@ class Decoder(nnx.Module):
 
     def _embed(self, ids_BT: Array) -> Array:
         with jax.named_scope("embed"):
-            return vary(self.embedding(ids_BT), self.plan.batch_axes())
+            x_BtD = vary(self.embedding(ids_BT), self.plan.batch_axes())
+            return x_BtD if self.config.embed_scale == 1.0 else self.config.embed_scale * x_BtD

@@ -5,10 +5,10 @@ the same layer list.
 """
 
 from moejax.config.model import ModelConfig
-from moejax.models.block import Kind
+from moejax.models import layer
+from moejax.models.layer import Layer
 
 
-def layers(config: ModelConfig) -> list[Kind]:
+def layers(config: ModelConfig) -> list[Layer]:
     """List the layers: the last of each period of moe.every is sparse; Mixtral's own period is 1."""
-    assert config.moe is not None
-    return ["sparse" if (i + 1) % config.moe.every == 0 else "dense" for i in range(config.num_layers)]
+    return layer.layers(config)

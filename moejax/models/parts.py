@@ -48,7 +48,7 @@ class ModelParts:
 
         def place_again(path: Any, old: Placement, shape: jax.ShapeDtypeStruct) -> Placement:
             own = shape.shape[shape.ndim - len(old.axes) :]
-            new = place(plan, old.axes, own)
+            new = place(plan, old.axes, own, is_vector=old.is_vector)
             return new if _stacked(path) else place_outside_stages(plan, new, own)
 
         placements = jax.tree_util.tree_map_with_path(place_again, self.placements, self.shapes)
@@ -88,11 +88,11 @@ class ModelParts:
 
     def stored(self, tree: Tree) -> Tree:
         """Bring stacked layers from their own order into that of the stages; others come back as they are."""
-        return self._reorder(tree, self._stage_order())
+        return self._reorder(tree, self.stage_order())
 
     def canonical(self, tree: Tree) -> Tree:
         """Bring stacked layers back into their own order: checkpoints and proofs keep this one."""
-        order = self._stage_order()
+        order = self.stage_order()
         return self._reorder(tree, None if order is None else np.argsort(order))
 
     def chunk(self, tree: Tree, chunk: Array) -> Tree:
@@ -123,10 +123,10 @@ class ModelParts:
         if self.plan.size("pipeline") == 1:
             return x
         joined = self.plan.gather(x, "layers", 0)
-        order = self._stage_order()
+        order = self.stage_order()
         return joined if order is None else joined[np.argsort(order)]
 
-    def _stage_order(self) -> np.ndarray | None:
+    def stage_order(self) -> np.ndarray | None:
         """Give, for each place of a stack, the repeat that lies there; None where that is their own order."""
         stages, chunks = self.plan.size("pipeline"), self.plan.config.chunks
         if chunks == 1:

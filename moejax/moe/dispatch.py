@@ -1,6 +1,5 @@
 """How do rows reach their experts and come back? Three ways that give the same sum; the dense one is the oracle."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,10 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.compat import vary_like
 from moejax.layers.context import Context
-from moejax.moe.experts import Experts
+from moejax.moe.experts import Apart, Experts
 from moejax.moe.router import Routing
 from moejax.ops.permute import combine_rows, gather_rows, sort_by_expert
-from moejax.ops.swiglu import swiglu
 from moejax.parallel.plan import MeshPlan
 from pallas_kernels.target import target
 
@@ -63,20 +61,16 @@ def dispatch_sorted(experts: Experts, x_BTD: Float[Array, "B T D"], routing: Rou
     order = sort_by_expert(
         routing.experts_BTA.reshape(-1, active), routing.probs_BTE.shape[-1], routing.chosen_BTA.reshape(-1, active)
     )
-    permute = "triton" if experts.implementation == "triton" else "auto"
-    x_RD = gather_rows(x_BTD.reshape(-1, dim), order, active, implementation=permute)
+    x_RD = gather_rows(x_BTD.reshape(-1, dim), order, active, implementation=experts.implementation)
     slots_R = _slot_numbers(routing, context).reshape(-1)[order.rows_R]
     y_RD = experts.grouped(x_RD, order.group_sizes_E, slots_R, context)
     weights_MA = jnp.where(routing.chosen_BTA, routing.weights_BTA, 0.0).reshape(-1, active)
-    y_MD = combine_rows(y_RD, weights_MA, order, implementation=permute)
+    y_MD = combine_rows(y_RD, weights_MA, order, implementation=experts.implementation)
     return Dispatched(y_MD.reshape(batch, length, dim).astype(x_BTD.dtype), routing.chosen_BTA)
 
 
 FEW_TOKENS = 16
 """Up to so many tokens, running a chosen expert on all of them costs less than sorting and slicing does."""
-
-Apart = Sequence[tuple[Array, Array]]
-"""Each expert's (gate beside up [D, 2F], down [F, D]), as arrays of its own."""
 
 
 def few_pays(num_tokens: int) -> bool:
@@ -93,14 +87,14 @@ def dispatch_few(experts: Apart, x_BTD: Float[Array, "B T D"], routing: Routing)
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     chosen_MA = (routing.experts_BTA * routing.chosen_BTA - ~routing.chosen_BTA).reshape(x_MD.shape[0], -1)
     weights_MA = routing.weights_BTA.reshape(chosen_MA.shape)
-    y_MD = vary_like(jnp.zeros(x_MD.shape, weights_MA.dtype), x_MD, weights_MA, experts[0][0])
-    for expert, (gate_up_DF, down_FD) in enumerate(experts):
+    like = (x_MD, weights_MA, jax.eval_shape(experts[0], x_MD))
+    y_MD = vary_like(jnp.zeros(x_MD.shape, weights_MA.dtype), *like)
+    for expert, feed_forward in enumerate(experts):
         mine_MA = chosen_MA == expert
 
-        def run(y_MD: Array, gate_up_DF=gate_up_DF, down_FD=down_FD, mine_MA=mine_MA) -> Array:
-            gate_MF, up_MF = jnp.split(x_MD @ gate_up_DF, 2, axis=1)
+        def run(y_MD: Array, feed_forward=feed_forward, mine_MA=mine_MA) -> Array:
             weight_M1 = jnp.where(mine_MA, weights_MA, 0).sum(1, keepdims=True)
-            return y_MD + weight_M1 * (swiglu(gate_MF, up_MF) @ down_FD).astype(y_MD.dtype)
+            return y_MD + weight_M1 * feed_forward(x_MD).astype(y_MD.dtype)
 
         y_MD = lax.cond(mine_MA.any(), run, lambda y_MD: y_MD, y_MD)
     return y_MD.reshape(x_BTD.shape).astype(x_BTD.dtype)

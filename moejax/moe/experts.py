@@ -1,18 +1,21 @@
 """The experts' weights, stacked, and the three shapes in which rows reach them."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
-from moejax.config.model import MoEConfig, Precision
+from moejax.config.model import Precision
+from moejax.config.moe import MoEConfig
 from moejax.layers.context import PURPOSE_EXPERT, Context
 from moejax.layers.param import make_param, read
 from moejax.ops.grouped_matmul import expert_swiglu, grouped_matmul
 from moejax.ops.random import dropout
-from moejax.ops.swiglu import swiglu
+from moejax.ops.swiglu import clamped_swiglu, swiglu
 from moejax.parallel.exchange import exchange_rows
 from moejax.parallel.plan import MeshPlan
 
@@ -20,8 +23,29 @@ Slots = UInt32[Array, "*X"]
 """Each row's (token, expert) number in the global batch: token * E + expert. It decides the row's dropout."""
 
 
+class Weights(NamedTuple):
+    """The local experts' matrices and, where there are any, their biases."""
+
+    gate_EDF: Float[Array, "E D F"]
+    up_EDF: Float[Array, "E D F"]
+    down_EFD: Float[Array, "E F D"]
+    gate_EF: Float[Array, "E F"] | None = None
+    up_EF: Float[Array, "E F"] | None = None
+    down_ED: Float[Array, "E D"] | None = None
+
+
+class Activation(NamedTuple):
+    """What joins gate and up: swiglu, or its clamped kind under a limit."""
+
+    limit: float | None
+
+    def __call__(self, gate: Array, up: Array) -> Array:
+        """Give the hidden units."""
+        return swiglu(gate, up) if self.limit is None else clamped_swiglu(gate, up, self.limit)
+
+
 class Experts(nnx.Module):
-    """E SwiGLU layers: experts over `expert`, each one's hidden dim over tensor; results are partial sums."""
+    """E gated feed-forwards: experts over `expert`, each one's hidden dim over tensor; results are partial sums."""
 
     def __init__(
         self, plan: MeshPlan, rngs: nnx.Rngs, dim: int, moe: MoEConfig, precision: Precision, scale: float = 1.0
@@ -31,29 +55,42 @@ class Experts(nnx.Module):
         self.gate = make_param(plan, rngs, (e, dim, f), wide, dtype, fan_in=dim, scale=scale)
         self.up = make_param(plan, rngs, (e, dim, f), wide, dtype, fan_in=dim, scale=scale)
         self.down = make_param(plan, rngs, (e, f, dim), down, dtype, fan_in=f, scale=scale)
+
+        def vector(size: int, axis: str) -> nnx.Param | None:
+            return make_param(plan, rngs, (e, size), ("experts", axis), dtype, fill=0.0) if moe.bias else None
+
+        self.gate_bias, self.up_bias = vector(f, "expert_ffn"), vector(f, "expert_ffn")
+        self.down_bias = vector(dim, "embed")
         self.plan, self.rate, self.dtype = plan, moe.dropout, precision.compute
         self.implementation = moe.implementation
+        self.activation = Activation(moe.limit if moe.activation == "clamped_swiglu" else None)
 
     def all_rows(self, x_MD: Float[Array, "M D"], slots_EM: Slots, context: Context) -> Float[Array, "E M D"]:
         """Run every local expert on every row."""
-        gate, up, down = self._weights()
-        h_EMF = swiglu(jnp.einsum("MD,EDF->EMF", x_MD, gate), jnp.einsum("MD,EDF->EMF", x_MD, up))
-        return jnp.einsum("EMF,EFD->EMD", self._drop(h_EMF, slots_EM, context), down)
+        return self._einsum("MD,EDF->EMF", x_MD, slots_EM, context)
 
     def batched(self, x_ECD: Float[Array, "E C D"], slots_EC: Slots, context: Context) -> Float[Array, "E C D"]:
         """Run each local expert on its own C rows."""
-        gate, up, down = self._weights()
-        h_ECF = swiglu(jnp.einsum("ECD,EDF->ECF", x_ECD, gate), jnp.einsum("ECD,EDF->ECF", x_ECD, up))
-        return jnp.einsum("ECF,EFD->ECD", self._drop(h_ECF, slots_EC, context), down)
+        return self._einsum("ECD,EDF->ECF", x_ECD, slots_EC, context)
+
+    def _einsum(self, first: str, x: Array, slots: Slots, context: Context) -> Array:
+        w = self._weights()
+        hidden = self.activation(
+            _plus(jnp.einsum(first, x, w.gate_EDF), w.gate_EF), _plus(jnp.einsum(first, x, w.up_EDF), w.up_EF)
+        )
+        if self.dropping(context):
+            key = (context.draw(PURPOSE_EXPERT), self.plan.index("expert_ffn"))
+            hidden = _drop_hidden(hidden, self.rate, key, slots)
+        return _plus(jnp.einsum("ECF,EFD->ECD", hidden, w.down_EFD), w.down_ED)
 
     def grouped(
         self, x_RD: Float[Array, "R D"], group_sizes_E: Int[Array, " E"], slots_R: Slots, context: Context
     ) -> Float[Array, "R D"]:
         """Run each expert on its group of consecutive rows, on the device where it lies; E is the global number."""
         key = (context.draw(PURPOSE_EXPERT), self.plan.index("expert_ffn")) if self.dropping(context) else ()
-        run, weights = partial(_run_groups, self.rate, self.implementation), self._weights()
+        run, weights = partial(_run_groups, self.rate, self.implementation, self.activation), self._weights()
         ranks = self.plan.size("expert")
-        here = weights[0].shape[0]
+        here = weights.gate_EDF.shape[0]
         assert here * ranks == group_sizes_E.shape[0], f"{here} experts on each of {ranks} ranks: rows go to others"
         if ranks == 1:
             return run(weights, key, x_RD, group_sizes_E, slots_R)
@@ -63,30 +100,66 @@ class Experts(nnx.Module):
         """Say whether rows' slot numbers are asked for."""
         return self.rate > 0.0 and context.training
 
-    def _weights(self) -> tuple[Array, Array, Array]:
-        return read(self.gate, self.dtype), read(self.up, self.dtype), read(self.down, self.dtype)
+    def _weights(self) -> Weights:
+        gate, up, down = (read(param, self.dtype) for param in (self.gate, self.up, self.down))
+        if self.gate_bias is None or self.up_bias is None or self.down_bias is None:
+            return Weights(gate, up, down)
+        gate_EF, up_EF, down_ED = (read(b, self.dtype) for b in (self.gate_bias, self.up_bias, self.down_bias))
+        # The output is a sum over tensor ranks: the first one alone adds its bias.
+        return Weights(gate, up, down, gate_EF, up_EF, jnp.where(self.plan.index("expert_ffn") == 0, down_ED, 0))
 
-    def _drop(self, h: Array, slots: Slots, context: Context) -> Array:
-        if not self.dropping(context):
-            return h
-        return _drop_hidden(h, self.rate, (context.draw(PURPOSE_EXPERT), self.plan.index("expert_ffn")), slots)
+    def apart(self) -> "Apart":
+        """Give each expert as a function of rows, its weights as arrays of their own, for `dispatch_few`."""
+        weights = self._weights()
+        one = [jax.tree.map(lambda w, e=e: w[e], weights) for e in range(weights.gate_EDF.shape[0])]
+        return [_alone(self.activation, w) for w in one]
 
-    def apart(self) -> list[tuple[Array, Array]]:
-        """Give each expert's (gate beside up [D, 2F], down [F, D]) as arrays of its own, for `dispatch_few`."""
-        gate, up, down = self._weights()
-        return [(jnp.concatenate([gate[e], up[e]], axis=1), down[e]) for e in range(gate.shape[0])]
+
+Apart = Sequence[Callable[[Array], Array]]
+"""Each expert by itself, rows [M, D] to rows [M, D]."""
+
+
+def _alone(activation: Activation, w: Weights) -> Callable[[Array], Array]:
+    """Make one expert's function; gate and up lie beside each other, so that rows are read once."""
+    gate_up_DF = jnp.concatenate([w.gate_EDF, w.up_EDF], axis=1)
+
+    def run(x_MD: Array) -> Array:
+        gate_MF, up_MF = jnp.split(x_MD @ gate_up_DF, 2, axis=1)
+        if w.gate_EF is None or w.up_EF is None or w.down_ED is None:
+            return activation(gate_MF, up_MF) @ w.down_EFD
+        return activation(gate_MF + w.gate_EF, up_MF + w.up_EF) @ w.down_EFD + w.down_ED
+
+    return run
+
+
+def _plus(x_ECF: Array, bias_EF: Array | None) -> Array:
+    return x_ECF if bias_EF is None else x_ECF + bias_EF[:, None]
 
 
 def _run_groups(
-    rate: float, way: str, weights: tuple[Array, ...], key: Any, x_RD: Array, group_sizes_E: Array, slots_R: Array
+    rate: float,
+    way: str,
+    activation: Activation,
+    w: Weights,
+    key: Any,
+    x_RD: Array,
+    group_sizes_E: Array,
+    slots_R: Array,
 ) -> Array:
     """Run groups of rows; `key` (with the tensor rank) is there where dropout is."""
-    gate, up, down = weights
-    if not key:
-        return expert_swiglu(x_RD, gate, up, down, group_sizes_E, implementation=way)
-    matmul = partial(grouped_matmul, group_sizes_E=group_sizes_E, implementation=way)
-    h_RF = swiglu(matmul(x_RD, gate), matmul(x_RD, up))
-    return matmul(_drop_hidden(h_RF, rate, key, slots_R), down)
+    if not key and activation.limit is None and w.gate_EF is None:
+        return expert_swiglu(x_RD, w.gate_EDF, w.up_EDF, w.down_EFD, group_sizes_E, implementation=way)
+    expert_R = (jnp.arange(x_RD.shape[0])[:, None] >= jnp.cumsum(group_sizes_E)).sum(-1)
+
+    def product(x: Array, matrix: Array, bias: Array | None) -> Array:
+        y = grouped_matmul(x, matrix, group_sizes_E, implementation=way)
+        # Rows behind the last group meet no expert, and no bias.
+        return y if bias is None else y + jnp.take(bias, expert_R, axis=0, mode="fill", fill_value=0)
+
+    h_RF = activation(product(x_RD, w.gate_EDF, w.gate_EF), product(x_RD, w.up_EDF, w.up_EF))
+    if key:
+        h_RF = _drop_hidden(h_RF, rate, key, slots_R)
+    return product(h_RF, w.down_EFD, w.down_ED)
 
 
 def _drop_hidden(h: Array, rate: float, key: tuple[Array, Array], slots: Slots) -> Array:

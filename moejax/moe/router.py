@@ -8,7 +8,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.config.model import MoEConfig, Precision, RouterConfig
+from moejax.config.model import Precision
+from moejax.config.moe import MoEConfig, RouterConfig
 from moejax.layers.context import PURPOSE_ROUTER, Context
 from moejax.layers.param import make_param, read
 from moejax.ops.random import normal_at, uniform_at
@@ -42,24 +43,29 @@ class Router(nnx.Module):
         made = {"shape": (dim, experts), "axes": ("embed", None), "dtype": precision.params, "fan_in": dim}
         self.weight = make_param(plan, rngs, **made)
         self.noise = make_param(plan, rngs, **made) if config.noise == "gaussian" else None
-        self.bias = RouterBias(jnp.zeros(experts, precision.router)) if config.bias_update_rate else None
+        self.logit_bias = (
+            make_param(plan, rngs, (experts,), (None,), precision.params, fill=0.0) if config.bias else None
+        )
+        balanced = config.bias_update_rate is not None
+        self.bias = RouterBias(jnp.zeros(experts, precision.router)) if balanced else None
         self.plan, self.config, self.dtype = plan, config, precision.router
-        self.capacity_factor = moe.capacity_factor or 1.0
+        self.moe = moe
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> Routing:
-        """Route the tokens; padding (segment 0) is not chosen."""
+        """Route the tokens; padding (segment 0) is not chosen, unless the config says so."""
         x_BTD = x_BTD.astype(self.dtype)
-        valid_BT = context.segments_BT > 0
+        valid_BT = routed(self.config, context)
         if self.config.noise == "jitter" and context.training:
             x_BTD = x_BTD * self._jitter(x_BTD, context)
         logits_BTE = x_BTD @ read(self.weight, self.dtype)
+        if self.logit_bias is not None:
+            logits_BTE = logits_BTE + read(self.logit_bias, self.dtype)
         if self.config.kind == "soft":
             return _all_experts(logits_BTE, valid_BT)
         if self.config.kind == "expert_choice":
             if not context.training and context.index_BT.shape[1] == 1:
                 raise ValueError("expert choice sees whole sequences: it is for training, and cannot generate")
-            slots = num_slots(context.length, self.config.num_active, logits_BTE.shape[-1], self.capacity_factor)
-            return _expert_choice(self.plan, logits_BTE, valid_BT, slots)
+            return _expert_choice(self.plan, logits_BTE, valid_BT, self.moe.num_slots(context.length))
         noisy_BTE, std_BTE = self._noise(x_BTD, logits_BTE, context)
         return self._top_k(noisy_BTE, logits_BTE, std_BTE, valid_BT)
 
@@ -87,6 +93,7 @@ class Router(nnx.Module):
         _, experts_BTA = lax.top_k(ranked_BTE, active)
         kept_BTA = jnp.take_along_axis(log_BTE, experts_BTA, axis=-1)
         weights_BTA = jax.nn.softmax(kept_BTA) if self.config.normalize else jnp.exp(kept_BTA)
+        weights_BTA = weights_BTA if self.config.scale == 1.0 else self.config.scale * weights_BTA
         probs_BTE = jax.nn.softmax(log_BTE)
         chosen_BTA = jnp.broadcast_to(valid_BT[..., None], experts_BTA.shape)
         load_BTE = None if std_BTE is None else _smooth_load(noisy_BTE, clean_BTE, std_BTE, active)
@@ -94,14 +101,14 @@ class Router(nnx.Module):
 
     def update_bias(self, load_LE: Float[Array, "*L E"]) -> None:
         """Move the bias one step towards the experts that saw less than the mean (arXiv 2408.15664)."""
-        if self.bias is not None:
+        if self.bias is not None and self.config.bias_update_rate:
             error = load_LE.mean(-1, keepdims=True) - load_LE
             self.bias[...] += (self.config.bias_update_rate * jnp.sign(error)).astype(self.dtype)
 
 
-def num_slots(length: int, active: int, experts: int, factor: float) -> int:
-    """Give the slots per expert and sequence: ceil(factor * T * A / E), at least 1, at most T."""
-    return max(1, min(length, -int(-(factor * length * active) // experts)))
+def routed(config: RouterConfig, context: Context) -> Bool[Array, "B T"]:
+    """Say which tokens are routed and count in the losses."""
+    return jnp.ones_like(context.segments_BT, bool) if config.padding else context.segments_BT > 0
 
 
 def _limit_groups(config: RouterConfig, ranked_BTE: Array, score_BTE: Array) -> Array:
@@ -109,7 +116,7 @@ def _limit_groups(config: RouterConfig, ranked_BTE: Array, score_BTE: Array) -> 
     if config.groups_kept == config.num_groups:
         return ranked_BTE
     groups = (*ranked_BTE.shape[:2], config.num_groups, -1)
-    few = max(config.num_active // config.groups_kept, 1)
+    few = config.group_best or max(config.num_active // config.groups_kept, 1)
     group_scores = lax.top_k(score_BTE.reshape(groups), few)[0].sum(-1)
     kept_groups = jax.nn.one_hot(
         lax.top_k(group_scores, config.groups_kept)[1], config.num_groups, dtype=jnp.bool_

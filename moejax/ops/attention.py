@@ -9,7 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.backend import call, choose, to_common_axes
-from moejax.ops.blockwise_attention import Partial, attend, attend_bwd, blockwise, blockwise_bwd, merge, wants_delta
+from moejax.ops.blockwise_attention import (
+    Partial,
+    attend,
+    attend_bwd,
+    blockwise,
+    blockwise_bwd,
+    merge,
+    sinks_bwd,
+    wants_delta,
+    with_sinks,
+)
 from moejax.ops.mask import PLAIN, Mask, Scoring
 from pallas_kernels.target import Declined, Target, target
 
@@ -120,22 +130,11 @@ def _attend_bwd(way: str, scoring: Scoring, saved: tuple, do: Array) -> tuple:
     delta: Any = None if o is None else (do.astype(lse.dtype) * o.astype(lse.dtype)).sum(-1)
     backward = blockwise_bwd if way == "xla" else _flash_bwd
     dq, dk, dv = backward(q, k, v, mask, lse, do, delta, scoring)
-    dsinks = None
-    if sinks_N is not None:  # its probability times -delta: a sink's value is zero
-        dsinks = -(jnp.exp(sinks_N.astype(lse.dtype) - lse) * delta).sum((0, 1)).astype(sinks_N.dtype)
+    dsinks = None if sinks_N is None else sinks_bwd(sinks_N, lse, delta)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dsinks
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def with_sinks(part: Partial, sinks_N: Float[Array, " N"] | None) -> Partial:
-    """Let every query see its head's sink too: it takes its share of the probability and brings nothing."""
-    if sinks_N is None:
-        return part
-    o_BTNU, lse_BTN = part
-    both_BTN = jnp.logaddexp(lse_BTN, sinks_N.astype(lse_BTN.dtype))
-    return o_BTNU * jnp.exp(lse_BTN - both_BTN)[..., None].astype(o_BTNU.dtype), both_BTN
 
 
 # --- a part of the keys: what a ring brings by

@@ -187,10 +187,7 @@ def blocked_swiglu_bwd(
 
         zeros = (_zeros(w, *w.shape[1:], dtype=wide(w.dtype)) for w in weights)
         dx_RD, *dw = _for_blocks(x_RD.shape[0], first, count, body, (dx_RD, *zeros))
-        update = lax.dynamic_update_index_in_dim
-        return dx_RD, tuple(
-            update(all_, one.astype(all_.dtype), expert, 0) for all_, one in zip(dweights, dw, strict=True)
-        )
+        return dx_RD, tuple(_put_weights(all_, one, expert) for all_, one in zip(dweights, dw, strict=True))
 
     start = (jnp.zeros_like(x_RD), tuple(map(jnp.zeros_like, weights)))
     dx_RD, dweights = _for_experts(group_sizes_E, expert_body, start)

@@ -80,6 +80,22 @@ def merge(one: Partial, other: Partial) -> Partial:
     return o_BTNU, safe_BTN + jnp.log(norm_BTN)
 
 
+def with_sinks(part: Partial, sinks_N: Float[Array, " N"] | None) -> Partial:
+    """Let every query see its head's sink too: it takes its share of the probability and brings nothing."""
+    if sinks_N is None:
+        return part
+    o_BTNU, lse_BTN = part
+    both_BTN = jnp.logaddexp(lse_BTN, sinks_N.astype(lse_BTN.dtype))
+    return o_BTNU * jnp.exp(lse_BTN - both_BTN)[..., None].astype(o_BTNU.dtype), both_BTN
+
+
+def sinks_bwd(
+    sinks_N: Float[Array, " N"], lse_BTN: Float[Array, "B T N"], delta_BTN: Float[Array, "B T N"]
+) -> Float[Array, " N"]:
+    """Give a sink's gradient, its probability times -delta: its value is zero. lse and delta are over all keys."""
+    return -(jnp.exp(sinks_N.astype(lse_BTN.dtype) - lse_BTN) * delta_BTN).sum((0, 1)).astype(sinks_N.dtype)
+
+
 def attend_bwd(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],

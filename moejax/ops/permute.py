@@ -14,6 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from moejax.ops.backend import call, choose, to_common_axes
 from pallas_kernels.target import Target
 
+MOVERS = {"xla": "xla", "triton": "triton", "mosaic": "xla", "ragged_dot": "xla", "reference": "xla"}
+"""Who moves rows where experts are named so: XLA, whose gathers are fusions that a kernel would not beat, but for
+Triton's own, where XLA is to be left out."""
+
 
 class Order(NamedTuple):
     """Where each of the R = M*A slots stands once every expert's slots are one run."""
@@ -57,10 +61,10 @@ def gather_rows(
     """Copy each token's row to the places of its slots; a place whose slot is not chosen holds zeros.
 
     The gradient sums a token's rows in float32 or wider and reads nothing from the places not chosen.
-    implementation: "xla", one fusion each way; "triton", a kernel for NVIDIA GPUs; "auto" is xla.
+    implementation: as the experts', see MOVERS; "auto" is xla, one fusion each way; "triton", a kernel for NVIDIA GPUs.
     """
     x_MD, *fields = to_common_axes(x_MD, *order)
-    ways: dict[str, Callable] = {way: partial(_gather_rows, way, num_active) for way in ("xla", "triton")}
+    ways: dict[str, Callable] = {name: partial(_gather_rows, way, num_active) for name, way in MOVERS.items()}
     return choose("gather of rows", implementation, ways, _order, x_MD, Order(*fields))
 
 
@@ -72,7 +76,7 @@ def combine_rows(
     Names as in gather_rows.
     """
     y_RD, weights_MA, *fields = to_common_axes(y_RD, weights_MA, *order)
-    ways: dict[str, Callable] = {way: partial(_combine_rows, way) for way in ("xla", "triton")}
+    ways: dict[str, Callable] = {name: partial(_combine_rows, way) for name, way in MOVERS.items()}
     return choose("combination of rows", implementation, ways, _order, y_RD, weights_MA, Order(*fields))
 
 

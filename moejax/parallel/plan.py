@@ -132,9 +132,12 @@ class MeshPlan:
         axes = self.axes_of(name)
         return lax.axis_index(axes) if axes else jnp.int32(0)
 
-    def agree(self, x: jax.Array) -> jax.Array:
-        """Turn a value that is equal on a stage's devices, though its type says otherwise, into an unvarying one."""
-        axes = tuple(sorted(varying_axes(x) - {"pipeline"}))
+    def agree(self, x: jax.Array, *split: str) -> jax.Array:
+        """Turn a value that is equal on a stage's devices, though its type says otherwise, into an unvarying one.
+
+        Along the logical axes `split` it may differ.
+        """
+        axes = tuple(sorted(varying_axes(x) - {"pipeline", *self.axes_of(*split)}))
         return lax.pmean(x, axes) if axes else x
 
     def to_experts(self, x: jax.Array, split: int, join: int) -> jax.Array:

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from moejax.compat import vary, vary_like
 from moejax.ops.attention import attention, partial_attention, partial_attention_bwd
-from moejax.ops.blockwise_attention import merge
-from moejax.ops.mask import Mask
+from moejax.ops.blockwise_attention import merge, sinks_bwd, with_sinks
+from moejax.ops.mask import PLAIN, Mask, Scoring
 from moejax.parallel.plan import MeshPlan
 
 AXIS = "sequence"
@@ -27,43 +27,60 @@ def context_attention(
     plan: MeshPlan,
     q_BtNH: Float[Array, "B t N H"],
     k_BtKH: Float[Array, "B t K H"],
-    v_BtKH: Float[Array, "B t K H"],
+    v_BtKU: Float[Array, "B t K U"],
     segments_Bt: Int[Array, "B t"],
     window: int | None = None,
     implementation: str = "auto",
-) -> Float[Array, "B t N H"]:
+    scoring: Scoring = PLAIN,
+    sinks_N: Float[Array, " N"] | None = None,
+) -> Float[Array, "B t N U"]:
     """Attend causally within segments, each device holding `plan.sequence_index` of every sequence."""
+    arrays = (q_BtNH, k_BtKH, v_BtKU, segments_Bt, sinks_N)
     if plan.config.context == "ring":
-        return ring_attention(plan, q_BtNH, k_BtKH, v_BtKH, segments_Bt, window, implementation)
-    return all_to_all_attention(plan, q_BtNH, k_BtKH, v_BtKH, segments_Bt, window, implementation)
+        return ring_attention(plan, *arrays, window, implementation, scoring)
+    return all_to_all_attention(plan, *arrays, window, implementation, scoring)
 
 
 def all_to_all_attention(
-    plan: MeshPlan, q_BtNH: Array, k_BtKH: Array, v_BtKH: Array, segments_Bt: Array, window: int | None, way: str
-) -> Float[Array, "B t N H"]:
+    plan: MeshPlan,
+    q_BtNH: Array,
+    k_BtKH: Array,
+    v_BtKU: Array,
+    segments_Bt: Array,
+    sinks_N: Array | None,
+    window: int | None,
+    way: str,
+    scoring: Scoring,
+) -> Float[Array, "B t N U"]:
     """Give each device whole sequences of a part of the heads, attend, and change back (arXiv 2309.14509)."""
 
     def whole(x_BtNH: Array) -> Array:
         return lax.all_to_all(vary(x_BtNH, (AXIS,)), AXIS, 2, 1, tiled=True)
 
-    q_BTnH, k_BTkH, v_BTkH = map(whole, (q_BtNH, k_BtKH, v_BtKH))
+    q_BTnH, k_BTkH, v_BTkU = map(whole, (q_BtNH, k_BtKH, v_BtKU))
     segments_BT = lax.all_gather(vary(segments_Bt, (AXIS,)), AXIS, axis=1, tiled=True)
-    o_BTnH = attention(q_BTnH, k_BTkH, v_BTkH, Mask.of_segments(segments_BT, window), implementation=way)
-    return lax.all_to_all(o_BTnH, AXIS, 1, 2, tiled=True)
+    mask, local = Mask.of_segments(segments_BT, window), q_BTnH.shape[2]
+    if sinks_N is not None:
+        sinks_N = lax.dynamic_slice_in_dim(vary(sinks_N, (AXIS,)), lax.axis_index(AXIS) * local, local)
+    made = {"scoring": scoring, "sinks_N": sinks_N, "implementation": way}
+    return lax.all_to_all(attention(q_BTnH, k_BTkH, v_BTkU, mask, **made), AXIS, 1, 2, tiled=True)
 
 
 def ring_attention(
     plan: MeshPlan,
     q_BtNH: Array,
     k_BtKH: Array,
-    v_BtKH: Array,
+    v_BtKU: Array,
     segments_Bt: Array,
+    sinks_N: Array | None = None,
     window: int | None = None,
     implementation: str = "auto",
-) -> Float[Array, "B t N H"]:
+    scoring: Scoring = PLAIN,
+) -> Float[Array, "B t N U"]:
     """Attend to every rank's keys as they come by, merging the partial results."""
-    arrays = (q_BtNH, k_BtKH, v_BtKH, segments_Bt)
-    return _ring(plan, window, implementation, *(vary(vary_like(x, *arrays), (AXIS,)) for x in arrays))
+    leaves, tree = jax.tree.flatten((q_BtNH, k_BtKH, v_BtKU, segments_Bt, sinks_N))
+    leaves = [vary(vary_like(x, *leaves), (AXIS,)) for x in leaves]
+    return _ring(plan, window, implementation, scoring, *jax.tree.unflatten(tree, leaves))
 
 
 def _shift(plan: MeshPlan, *arrays: Array) -> list[Array]:
@@ -113,15 +130,23 @@ def _add(x_BtNH: Array, part: Array, where: slice) -> Array:
     return lax.dynamic_update_slice_in_dim(x_BtNH, x_BtNH[:, where] + part, where.start, 1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ring(plan: MeshPlan, window: int | None, way: str, q: Array, k: Array, v: Array, segments: Array) -> Array:
-    return _ring_fwd(plan, window, way, q, k, v, segments)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _ring(plan: MeshPlan, window: int | None, way: str, scoring: Scoring, *arrays: Any) -> Array:
+    return _ring_fwd(plan, window, way, scoring, *arrays)[0]
 
 
 def _ring_fwd(
-    plan: MeshPlan, window: int | None, way: str, q: Array, k: Array, v: Array, segments: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    attend = partial(partial_attention, implementation=way)
+    plan: MeshPlan,
+    window: int | None,
+    way: str,
+    scoring: Scoring,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    sinks: Array | None,
+) -> tuple[Array, tuple[Any, ...]]:
+    attend = partial(partial_attention, scoring=scoring, implementation=way)
     ranks, rank = plan.size(AXIS), plan.index("seq")
 
     def step(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
@@ -140,13 +165,16 @@ def _ring_fwd(
 
     start = (k, v, segments, *attend(q, k, v, _own(plan, window, segments)))
     (_, _, _, o, lse), _ = lax.scan(step, start, jnp.arange(1, ranks))
-    return o.astype(q.dtype), (q, k, v, segments, o, lse)
+    o, lse = with_sinks((o, lse), sinks)
+    return o.astype(q.dtype), (q, k, v, segments, sinks, o, lse)
 
 
-def _ring_bwd(plan: MeshPlan, window: int | None, way: str, saved: tuple[Array, ...], do: Array) -> tuple[Any, ...]:
+def _ring_bwd(
+    plan: MeshPlan, window: int | None, way: str, scoring: Scoring, saved: tuple[Any, ...], do: Array
+) -> tuple[Any, ...]:
     """Let keys and their gradients go round together; after the last step the gradients have one step to go home."""
-    q, k, v, segments, o, lse = saved
-    attend_bwd = partial(partial_attention_bwd, implementation=way)
+    q, k, v, segments, sinks, o, lse = saved
+    attend_bwd = partial(partial_attention_bwd, scoring=scoring, implementation=way)
     ranks, rank = plan.size(AXIS), plan.index("seq")
     delta = (do.astype(o.dtype) * o).sum(-1)
 
@@ -166,7 +194,8 @@ def _ring_bwd(plan: MeshPlan, window: int | None, way: str, saved: tuple[Array, 
     dq, dk, dv = attend_bwd(q, k, v, _own(plan, window, segments), lse, do, delta)
     (_, _, _, dk, dv, dq), _ = lax.scan(step, (k, v, segments, dk, dv, dq), jnp.arange(1, ranks))
     dk, dv = _shift(plan, dk, dv)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dsinks = None if sinks is None else sinks_bwd(sinks, lse, delta)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dsinks
 
 
 _ring.defvjp(_ring_fwd, _ring_bwd)

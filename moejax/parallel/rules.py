@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moejax.axes import BATCH_AXES, LOGICAL_AXES
+from moejax.config.attention import AttentionConfig, LightningConfig, Mixer
 from moejax.config.mesh import MeshConfig
-from moejax.config.model import AttentionConfig, ModelConfig
+from moejax.config.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,23 @@ def check_divisible(rules: Rules, mesh: MeshConfig, sizes: dict[str, tuple[str, 
 
 def check_model(rules: Rules, mesh: MeshConfig, model: ModelConfig) -> None:
     """Raise ValueError unless every split dim of the model divides by its mesh axes."""
-    attention, moe = model.attention, model.moe
-    sizes = {
-        "vocab": ("vocab", model.vocab),
-        "num_heads": ("heads", attention.num_heads),
-        "num_kv_heads": ("kv_heads", attention.num_kv_heads),
-    }
-    if moe is None or moe.every > 1:
+    moe = model.moe
+    sizes = {"vocab": ("vocab", model.vocab)}
+    for table, mixer in model.mixer_tables().items():
+        sizes[f"{table}.num_heads"] = ("heads", mixer.num_heads)
+        if isinstance(mixer, AttentionConfig):
+            sizes[f"{table}.num_kv_heads"] = ("kv_heads", mixer.num_kv_heads)
+    if moe is None or not all(moe.is_sparse(layer) for layer in range(model.num_layers)):
         sizes["ffn"] = ("ffn", model.ffn)
     if moe is not None:
         sizes |= {"expert_ffn": ("expert_ffn", moe.expert_ffn), "num_experts": ("experts", moe.num_experts)}
+        if moe.shared_ffn:
+            sizes["shared_ffn"] = ("ffn", moe.shared_ffn)
+        if moe.router.balance_over == "model" and moe.router.load_balance and mesh.pipeline > 1:
+            raise ValueError(
+                f'balance_over = "model" wants the routers of all layers at once, and pipeline ({mesh.pipeline}) '
+                'splits them: set balance_over = "layer", or pipeline = 1'
+            )
         if moe.competitive and mesh.pipeline > 1:
             raise ValueError(
                 f"moe.competitive splits the last layer from the others, and pipeline ({mesh.pipeline}) wants stages "
@@ -79,18 +87,22 @@ def check_model(rules: Rules, mesh: MeshConfig, model: ModelConfig) -> None:
         raise ValueError(f"expert ({mesh.expert}) splits experts, and the model has none: give those devices to data")
     check_divisible(rules, mesh, sizes)
     if mesh.sequence > 1:
-        check_context(rules, mesh, attention)
+        for mixer in model.mixer_tables().values():
+            check_context(rules, mesh, mixer)
 
 
-def check_context(rules: Rules, mesh: MeshConfig, attention: AttentionConfig) -> None:
-    """Raise ValueError unless this attention can be split over positions."""
-    if attention.dropout:
+def check_context(rules: Rules, mesh: MeshConfig, mixer: Mixer) -> None:
+    """Raise ValueError unless this mixer can be split over positions."""
+    if isinstance(mixer, LightningConfig):
+        return
+    attention = mixer if isinstance(mixer, AttentionConfig) else None
+    if attention is not None and attention.dropout:
         raise ValueError(
             f"attention.dropout ({attention.dropout}) has no split over positions: set it to 0, or sequence "
             f"({mesh.sequence}) to 1"
         )
-    local = attention.num_kv_heads
-    for axis in rules["kv_heads"]:
+    local, name = (mixer.num_heads, "heads") if attention is None else (attention.num_kv_heads, "kv_heads")
+    for axis in rules[name]:
         local //= getattr(mesh, axis)
     if mesh.context == "all_to_all" and local % mesh.sequence:
         raise ValueError(
@@ -99,12 +111,12 @@ def check_context(rules: Rules, mesh: MeshConfig, attention: AttentionConfig) ->
         )
 
 
-def check_layers(mesh: MeshConfig, runs: Sequence[tuple[Sequence[str], int]]) -> None:
+def check_layers(mesh: MeshConfig, runs: Sequence[tuple[Sequence[object], int]]) -> None:
     """Raise ValueError unless a list of (period, repeats) makes equal stages; stages hold whole periods."""
     if mesh.pipeline == 1:
         return
     if len(runs) != 1:
-        shown = " + ".join(f"{repeats} x ({', '.join(period)})" for period, repeats in runs)
+        shown = " + ".join(f"{repeats} x ({', '.join(map(str, period))})" for period, repeats in runs)
         raise ValueError(f"pipeline ({mesh.pipeline}) wants one period of layers repeated, not {shown}")
     (period, repeats), stages = runs[0], mesh.pipeline * mesh.chunks
     if repeats % stages:

@@ -30,6 +30,8 @@ class Placement:
     dim: int | None
     over: tuple[str, ...]
     stage: int
+    is_vector: bool = False
+    """a scale or a bias: no matrix, whatever its dims"""
 
     def weight_spec(self, plan: MeshPlan, ndim: int) -> PartitionSpec:
         """Give the spec of the stored weight."""
@@ -54,7 +56,11 @@ class Placement:
 
 
 def place(
-    plan: MeshPlan, axes: tuple[str | None, ...], shape: tuple[int, ...], replicas: tuple[str, ...] = BATCH_AXES
+    plan: MeshPlan,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    replicas: tuple[str, ...] = BATCH_AXES,
+    is_vector: bool = False,
 ) -> Placement:
     """Choose the ZeRO dim of a weight: its largest dim that no mesh axis splits and that divides by its replicas.
 
@@ -66,15 +72,15 @@ def place(
     degree = math.prod(plan.size(a) for a in over)
     free = [k - len(shape) for k, (name, n) in enumerate(zip(axes, shape, strict=True)) if _free(plan, name, n, degree)]
     if stage == 0 or degree == 1 or not free:
-        return Placement(axes, None, (), stage)
-    return Placement(axes, max(free, key=lambda k: shape[k]), over, stage)
+        return Placement(axes, None, (), stage, is_vector)
+    return Placement(axes, max(free, key=lambda k: shape[k]), over, stage, is_vector)
 
 
 def place_outside_stages(plan: MeshPlan, placement: Placement, shape: tuple[int, ...]) -> Placement:
     """Split the optimizer state of what every stage holds (embedding, head) over the stages too: ZeRO 1."""
     if placement.stage != 1 or plan.size("pipeline") == 1:
         return placement
-    wider = place(plan, placement.axes, shape, ("pipeline", *BATCH_AXES))
+    wider = place(plan, placement.axes, shape, ("pipeline", *BATCH_AXES), placement.is_vector)
     return wider if wider.dim is not None else placement
 
 

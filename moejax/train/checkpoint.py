@@ -177,6 +177,11 @@ def _tree(state: TrainState) -> dict[str, Any]:
     return dict(state.__dict__)
 
 
+def _as_json(value: Any) -> Any:
+    """Write tuples as JSON does, which a checkpoint's config has been through."""
+    return [_as_json(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
 def check_same_model(saved: dict[str, Any], model: dict[str, Any], where: Path) -> None:
     """Raise ValueError naming the first setting in which a checkpoint's model differs from this one."""
 
@@ -184,7 +189,7 @@ def check_same_model(saved: dict[str, Any], model: dict[str, Any], where: Path) 
         if isinstance(a, dict) and isinstance(b, dict):
             for name in a | b:
                 first(a.get(name), b.get(name), f"{key}.{name}")
-        elif a != b and key not in ("model.remat", "model.attention.implementation", "model.moe.dispatch"):
+        elif _as_json(a) != _as_json(b) and key not in ("model.remat", "model.attention.implementation", "model.moe.dispatch"):
             raise ValueError(
                 f"{where} holds another model: {key} is {a} there and {b} here; give that model, or another --out"
             )

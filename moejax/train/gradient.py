@@ -112,7 +112,7 @@ class _Job:
 
     def router_loss(self, stats: list[list[Any]]) -> Array:
         """Sum the layers' auxiliary losses: each is a mean over a microbatch's tokens; the step takes the mean."""
-        return jnp.asarray(router_loss(stats) / self.count, self.num_tokens.dtype)
+        return jnp.asarray(router_loss(stats, self.parts.config.moe) / self.count, self.num_tokens.dtype)
 
     def seen(self, loss: Array, aux: Array, stats: list[list[Any]]) -> Tree:
         """Give what is summed over microbatches."""

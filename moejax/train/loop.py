@@ -174,6 +174,8 @@ class Trainer:
         """Write what a run has from its first step on, and open its log."""
         if is_first():
             self.data.tokenizer.save(self.out / "tokenizer.json")
+            if self.data.chat_template:
+                (self.out / "chat_template.jinja").write_text(self.data.chat_template, encoding="utf-8")
         writer = open_writer(self.out, first, self.config.train.steps, self.config.train.tensorboard)
         if first:
             writer.say(f"resumed from step {first}")

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moejax.config.moe import MoEConfig
 from moejax.models.decoder import Decoder, Output
+from moejax.moe.balance import model_balance
 from moejax.moe.stats import RouterStats
 from moejax.ops.cross_entropy import linear_cross_entropy, mixture_cross_entropy
 from moejax.parallel.plan import MeshPlan
@@ -27,7 +29,7 @@ def _cross_entropy(model: Decoder, x_BTD: Array, targets_M: Array) -> Array:
     plan = model.plan
     w, vocab_dim = model.head.matrix(model.embedding)
     return linear_cross_entropy(
-        x_BTD.reshape(-1, x_BTD.shape[-1]),
+        model.head.scaled(x_BTD.reshape(-1, x_BTD.shape[-1])),
         w,
         targets_M,
         plan.index("vocab") * w.shape[vocab_dim],
@@ -42,9 +44,14 @@ def sum_tokens(plan: MeshPlan, x_BT: Float[Array, "B T"]) -> Float[Array, ""]:
     return plan.sum_over(x_BT.sum(), "batch", "seq")
 
 
-def router_loss(stats: list[list[RouterStats]]) -> Float[Array, ""] | float:
-    """Sum what the sparse layers add to the training loss."""
-    return sum((jnp.sum(layer.loss) for stack in stats for layer in stack), 0.0)
+def router_loss(stats: list[list[RouterStats]], config: MoEConfig | None) -> Float[Array, ""] | float:
+    """Sum what the sparse layers add to the training loss, and what their load adds over all of them."""
+    layers = [layer for stack in stats for layer in stack]
+    total = sum((jnp.sum(layer.loss) for layer in layers), 0.0)
+    balances = [layer.balance for layer in layers if layer.balance is not None]
+    if config is None or not balances:
+        return total
+    return total + config.router.load_balance * model_balance(jax.tree.map(lambda *x: jnp.concatenate(x), *balances))
 
 
 def in_layer_order(stats: list[list[RouterStats]]) -> RouterStats | None:

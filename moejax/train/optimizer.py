@@ -30,8 +30,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decays(placement: Placement) -> bool:
-    """Say whether a weight decays: matrices do; norms' scales and the router (a dim without a name) do not."""
-    return len(placement.axes) > 1 and None not in placement.axes
+    """Say whether a weight decays: matrices do; scales, biases and the router (a dim without a name) do not."""
+    return not placement.is_vector and None not in placement.axes
 
 
 def build(config: OptimizerConfig, steps: int, placements: Any) -> optax.GradientTransformation:

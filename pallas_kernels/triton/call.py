@@ -1,12 +1,12 @@
 """How does a Triton kernel come into a JAX program? Through jax-triton; where it is not installed, by no way."""
 
 import importlib
-import inspect
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels.compat import triton_options
 from pallas_kernels.target import INSTEAD, Declined, target
 
 CAPABILITIES = {
@@ -65,9 +65,6 @@ def triton_call(name: str, *args: jax.Array, out: jax.ShapeDtypeStruct, launch: 
     """Call a kernel of kernels.py on arrays: it is given their pointers, then the output's; raise Declined."""
     number = capability()
     library = _module("jax_triton", "jax_triton")
-    options: dict[str, Any] = {"out_shape": out, "enable_fp_fusion": True}
-    if "out_type" in inspect.signature(library.triton_call).parameters:  # jax-triton 0.4; the other is 0.3
-        options = {"out_type": out, "backend_options": {"enable_fp_fusion": True, "ptx_version": PTX_VERSION}}
     return library.triton_call(
         *args,
         kernel=getattr(kernels(), name),
@@ -75,7 +72,7 @@ def triton_call(name: str, *args: jax.Array, out: jax.ShapeDtypeStruct, launch: 
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         compute_capability=number,
-        **options,
+        **triton_options(library.triton_call, out, PTX_VERSION),
         **launch.constants,
     )
 

@@ -16,10 +16,12 @@ from moejax.accounting.activations import LayerMemory, activations
 from moejax.accounting.memory import WeightBytes, cache_bytes, estimate_memory
 from moejax.compat import vary
 from moejax.config.mesh import MeshConfig
-from moejax.config.model import AttentionConfig, ModelConfig, MoEConfig, Precision, RouterConfig
+from moejax.config.attention import AttentionConfig
+from moejax.config.model import ModelConfig, Precision
+from moejax.config.moe import MoEConfig, RouterConfig
 from moejax.config.run import TrainConfig
 from moejax.layers.context import Context
-from moejax.models import ModelParts
+from moejax.models import FAMILIES, ModelParts
 from moejax.models.block import Block
 from moejax.models.remat import rematerialize
 from moejax.parallel.plan import MeshPlan
@@ -54,9 +56,9 @@ def model(kind: str, remat: str = "none", **changes: Any) -> ModelConfig:
         "dense": None,
         "mixtral": MoEConfig(num_experts=8, expert_ffn=160, router=top_k),
         "switch": MoEConfig(num_experts=8, expert_ffn=288, capacity_factor=1.25, router=switch),
-        "shared": MoEConfig(num_experts=8, expert_ffn=160, router=top_k, num_shared_experts=1),
+        "shared": MoEConfig(num_experts=8, expert_ffn=160, router=top_k, shared_ffn=160),
     }[kind]
-    name: Any = "mixtral" if kind == "shared" else kind
+    name: Any = {"shared": "mixtral", "dense": "llama"}.get(kind, kind)
     sizes = {"vocab": 512, "embed": 128, "num_layers": 4, "ffn": 352}
     attention = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=16)
     return ModelConfig(name=name, attention=attention, moe=moe, remat=remat, **(sizes | changes))  # type: ignore[arg-type]
@@ -144,7 +146,7 @@ def residual_bytes(config: ModelConfig, mesh: MeshConfig, rows: int) -> float:
     sizes: list[int] = []
 
     def layer(segments: jax.Array, x: jax.Array) -> jax.Array:
-        block = Block(config, plan, nnx.Rngs(0), "dense" if config.moe is None else "sparse")
+        block = Block(config, plan, nnx.Rngs(0), FAMILIES[config.name].layers(config)[-1])
         graph, params, rest = nnx.split(block, nnx.Param, ...)
 
         def local(p: nnx.Param) -> nnx.Param:
@@ -189,13 +191,13 @@ def test_a_layer_keeps_what_its_vjp_closes_over(kind: str, remat: str, mesh: str
     if mesh == "expert" and remat == "none" and layer.way == "sorted":
         # The experts' own results, for the gradient of weights that are ones: the compiler finds that nobody asks.
         expected -= layer.places * config.embed * 4
-    assert layer.kept("dense" if kind == "dense" else "sparse", remat) == pytest.approx(expected, rel=0.04)
+    assert layer.kept(FAMILIES[config.name].layers(config)[-1], remat) == pytest.approx(expected, rel=0.04)
 
 
 def test_narrow_arithmetic_keeps_narrow_arrays():
     config = model("mixtral", precision=Precision(compute="bfloat16"))
     layer = LayerMemory(config, make_plan(MeshConfig()), TrainConfig(global_batch=16, seq_len=LENGTH))
-    assert layer.kept("sparse", "none") == pytest.approx(residual_bytes(config, MeshConfig(), 16), rel=0.04)
+    assert layer.kept(FAMILIES[config.name].layers(config)[-1], "none") == pytest.approx(residual_bytes(config, MeshConfig(), 16), rel=0.04)
 
 
 # --- what the compiler says

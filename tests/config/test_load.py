@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from experiments.cli import CONFIGS
 from moejax.config import load
+from moejax.config.attention import AttentionConfig, LatentConfig, LightningConfig, RopeConfig
 from moejax.config.load import ConfigError
 from moejax.config.mesh import MeshConfig
-from moejax.config.model import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
+from moejax.config.model import ModelConfig
+from moejax.config.moe import MoEConfig, RouterConfig
 from moejax.config.run import OptimizerConfig, RunConfig, TrainConfig
 from tests.conftest import config_files
 
@@ -126,7 +128,7 @@ def test_override_makes_missing_tables_and_blames_the_command_line():
     sparse = load.override(dense, {"model.name": "mixtral", "model.moe.router.num_active": 1}, "command line")
     assert sparse.model.moe == MoEConfig(router=RouterConfig(num_active=1))
     assert dense == RunConfig()
-    with pytest.raises(ConfigError, match=r'command line: \[model\] name = "dense" takes no \[moe\] table'):
+    with pytest.raises(ConfigError, match=r'command line: \[model\] name = "llama" takes no \[moe\] table'):
         load.override(dense, {"model.moe.num_experts": 4}, "command line")
 
 
@@ -155,7 +157,15 @@ def test_parse_value_reads_what_the_field_wants(key: str, text: str, value: obje
 
 def test_every_option_is_reached_by_an_override():
     """The flat list of options and the nested config must be the same keys."""
-    model = ModelConfig(name="mixtral", moe=MoEConfig(capacity_factor=1.0), attention=AttentionConfig(window=8))
+    rope = RopeConfig(dim=8)
+    model = ModelConfig(
+        name="mixtral",
+        moe=MoEConfig(capacity_factor=1.0, router=RouterConfig(bias_update_rate=0.0, group_best=1)),
+        attention=AttentionConfig(window=8, scale=1.0, clip=1.0, rope=rope),
+        latent=LatentConfig(q_rank=8, rope=rope),
+        lightning=LightningConfig(),
+        mixers=("lightning", "global"),
+    )
     config = RunConfig(model=model)
     assert load.flatten(load.to_table(config)).keys() == load.option_hints(RunConfig).keys()
 

@@ -1,6 +1,9 @@
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from moejax.config.run import DataConfig
 from moejax.data import BatchSource, PackedDataset, Tokenizer, TokenStore, build_tokenizer
@@ -43,3 +46,30 @@ def corpus(tmp_path) -> Path:
     for n in range(20):
         (folder / f"{n:02}.txt").write_text(f"document {n} about {SENTENCES[n % 3]}. " * 3, encoding="utf-8")
     return folder
+
+
+CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>")
+
+
+@pytest.fixture
+def write_tokenizer() -> Callable[..., Path]:
+    """A function that writes a chat model's tokenizer of single bytes, one special looked for in normal form."""
+
+    def write(path: Path, merges: Sequence[tuple[str, str]] = (), **greedy: bool) -> Path:
+        tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+        backend = tokenizers.Tokenizer(models.BPE(vocab={text: n for n, text in enumerate(tokens)}, merges=[*merges]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        normalized = (AddedToken(text, normalized=text == "<tool>", **greedy) for text in CHAT_SPECIALS)
+        backend.add_special_tokens([*normalized])
+        backend.save(str(path))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def chat_tokenizer(tmp_path, write_tokenizer) -> Path:
+    """The tokenizer.json of a chat model, alone in its folder."""
+    (tmp_path / "model").mkdir()
+    return write_tokenizer(tmp_path / "model" / "tokenizer.json")

@@ -164,7 +164,7 @@ def test_resume_may_lengthen_the_run_but_not_change_it(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"cannot resume .*: optimizer\.lr was 0\.001 and is now 0\.5"):
         cli.prepare_out(tmp_path, other, resume=True)
     sparse = load.override(longer, {"model.name": "mixtral", "model.moe.num_experts": 4}, "test")
-    with pytest.raises(ConfigError, match=r"model\.name was 'dense' and is now 'mixtral'"):
+    with pytest.raises(ConfigError, match=r"model\.name was 'llama' and is now 'mixtral'"):
         cli.prepare_out(tmp_path, sparse, resume=True)
     assert load.read_run(tmp_path / "config.toml") == longer, "a refused resume changes nothing"
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.config.model import MoEConfig, RouterConfig
+from moejax.config.moe import MoEConfig, RouterConfig
 from moejax.layers.context import Context
 from moejax.moe.layer import MoELayer
 from moejax.moe.router import Router, Routing

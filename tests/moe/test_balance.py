@@ -10,7 +10,7 @@ import scipy.special
 import scipy.stats
 from flax import nnx
 
-from moejax.config.model import RouterConfig
+from moejax.config.moe import RouterConfig
 from moejax.moe.balance import expert_load, load_balance, router_losses, squared_variation
 from moejax.moe.router import Router, Routing
 from moejax.moe.stats import imbalance

@@ -279,7 +279,7 @@ def test_expert_choice_is_the_same_dense_and_by_slots():
 
 @pytest.mark.usefixtures("x64")
 def test_shared_experts_see_every_token_ungated():
-    layer = make_layer(moe_config({"num_active": 2}, num_shared_experts=2))
+    layer = make_layer(moe_config({"num_active": 2}, shared_ffn=10))
     x, where = tokens(), context()
     assert layer.shared.gate[...].shape == (6, 2 * 5)
     whole, shared = run_layer(layer, x, where)[0], layer.shared(x)

@@ -7,8 +7,9 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from moejax.config.model import Precision, RouterConfig
-from moejax.moe.router import Router, num_slots
+from moejax.config.model import Precision
+from moejax.config.moe import RouterConfig
+from moejax.moe.router import Router
 from moejax.parallel.plan import MeshPlan
 from tests.conftest import assert_close
 from tests.moe.layers import B, D, E, T, context, load_of, make_router, moe_config, padded, route, tokens
@@ -260,7 +261,8 @@ def test_noise_is_drawn_anew_for_each_key_layer_and_token_and_for_nothing_else(n
     [(16, 2, 4, 1.0, 8), (16, 1, 4, 1.25, 5), (16, 1, 3, 1.0, 6), (16, 2, 4, 4.0, 16), (4, 1, 64, 1.0, 1)],
 )
 def test_slots_are_rounded_up_within_one_and_the_sequence(length, active, experts, factor, slots):
-    assert num_slots(length, active, experts, factor) == slots
+    router = RouterConfig(num_active=active)
+    assert MoEConfig(num_experts=experts, capacity_factor=factor, router=router).num_slots(length) == slots
 
 
 def test_the_router_computes_in_its_own_precision():

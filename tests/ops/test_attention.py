@@ -1,6 +1,4 @@
-"""Attention: by blocks and by loops as in one piece, forward and backward; who sees whom; finite differences."""
-
-import functools
+"""Attention: by blocks and by loops as in one piece, forward and backward; finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -10,37 +8,28 @@ from jax.test_util import check_grads
 
 from moejax.ops import blockwise_attention
 from moejax.ops.attention import attention, naive_attention
-from moejax.ops.blockwise_attention import attend, attend_bwd, merge
-from moejax.ops.mask import Mask, Scoring, visible
+from moejax.ops.mask import Mask, Scoring
 from pallas_kernels.target import Declined
 from tests.conftest import assert_close
+from tests.ops.attention_inputs import (
+    MASK,
+    B,
+    H,
+    K,
+    N,
+    T,
+    by_hand,
+    by_reference,
+    dense_mask,
+    draw,
+    segments,
+    with_gradients,
+)
 from tests.pallas_kernels.conftest import assert_accurate
-
-B, T, N, K, H = 2, 13, 4, 2, 6
-
-
-def draw(seed=0, length=T, heads=N, kv_heads=K, dtype="float64"):
-    rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(B, length, n, H)), dtype) for n in (heads, kv_heads, kv_heads)]
-
-
-def segments(length=T) -> jax.Array:
-    """One sequence of two documents and padding, one of three documents."""
-    rows = np.array([[1] * 5 + [2] * (length - 7) + [0] * 2, [1] + [2] * 6 + [3] * (length - 7)])
-    return jnp.asarray(rows, jnp.int32)
-
-
-def mask(length=T) -> jax.Array:
-    return Mask.of_segments(segments(length)).dense(length, length)
-
 
 BLIND = jnp.asarray(np.arange(T) % 3 == 1)
 SOME_BLIND = Mask(jnp.where(BLIND, -1, segments()), segments())
 ALL_BLIND = Mask(jnp.full((B, T), -1), segments())
-
-
-def by_reference(q, k, v, mask, **options):
-    return attention(q, k, v, mask, implementation="reference", **options)
 
 
 def by_blocks(q, k, v, mask, **options):
@@ -58,74 +47,12 @@ def attend_by(request, monkeypatch):
     return request.param
 
 
-def by_hand(q, k, v, seen) -> np.ndarray:
-    """One query at a time, over the keys that it sees and no others."""
-    q, k, v, seen = (np.asarray(x, np.float64) for x in (q, k, v, seen))
-    out = np.zeros(q.shape)
-    for b, t, n in np.ndindex(q.shape[:3]):
-        keys = np.flatnonzero(seen[b, t])
-        if keys.size:
-            head = n // (q.shape[2] // k.shape[2])
-            scores = k[b, keys, head] @ q[b, t, n] / np.sqrt(H)
-            weights = np.exp(scores - scores.max())
-            out[b, t, n] = weights @ v[b, keys, head] / weights.sum()
-    return out
-
-
-def with_gradients(attend, q, k, v, mask):
-    def run(q, k, v):
-        out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
-        return out, pullback(jnp.cos(out))
-
-    return jax.jit(run)(q, k, v)
-
-
-def test_a_query_sees_its_own_document_up_to_itself():
-    seen, rows = np.asarray(mask()), np.asarray(segments())
-    for b, t, s in np.ndindex(seen.shape):
-        assert seen[b, t, s] == (s <= t and rows[b, s] == rows[b, t])
-
-
-@pytest.mark.parametrize("window", [1, 3, T])
-def test_with_a_window_a_query_sees_the_last_so_many_of_these_keys(window):
-    index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    seen = np.asarray(visible(index, index, segments(), segments(), window))
-    for b, t, s in np.ndindex(seen.shape):
-        assert seen[b, t, s] == (t - window < s <= t and segments()[b, s] == segments()[b, t])
-    assert seen[:, np.arange(T), np.arange(T)].all(), "itself always"
-
-
-def test_sight_goes_by_index_not_by_place(x64):
-    """A device that holds a sequence's parts in another order sees the same pairs."""
-    order = np.random.default_rng(0).permutation(T)
-    index, mixed = (
-        jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)),
-        jnp.tile(jnp.asarray(order, jnp.int32), (B, 1)),
-    )
-    plain = visible(index, index, segments(), segments(), 4)
-    reordered = visible(index, mixed, segments(), segments()[:, order], 4)
-    np.testing.assert_array_equal(reordered, plain[:, :, order])
-
-
 def test_naive_attention_is_a_softmax_over_the_visible_keys(x64):
     q, k, v = draw()
-    assert_close(naive_attention(q, k, v, mask()), by_hand(q, k, v, mask()))
+    assert_close(naive_attention(q, k, v, dense_mask()), by_hand(q, k, v, dense_mask()))
 
 
-MASK = Mask.of_segments(segments())
 MASKS = {"packed": MASK, "window": Mask.of_segments(segments(), 4), "whole": Mask(), "full": Mask(causal=False)}
-
-
-def test_a_mask_of_runs_sees_as_their_places_in_the_sequence_say():
-    """Two runs of queries and two of keys, as a ring's rank holds them, and parts cut out of one."""
-    whole = np.asarray(Mask(window=5).dense(16, 16)[0])
-    runs = Mask(q_starts=(4, 12), k_starts=(0, 8), window=5).dense(8, 8)
-    queries, keys = [*range(4, 8), *range(12, 16)], [*range(4), *range(8, 12)]
-    np.testing.assert_array_equal(runs[0], whole[np.ix_(queries, keys)])
-    cut = Mask.of_segments(segments(), 4).cut(3, 6, 1, 7)
-    np.testing.assert_array_equal(cut.dense(6, 7), Mask.of_segments(segments(), 4).dense(T, T)[:, 3:9, 1:8])
-    with pytest.raises(ValueError, match=r"a window \(4\) counts back"):
-        Mask(window=4, causal=False)
 
 
 @pytest.mark.parametrize(("kv_heads", "mask"), [*zip((1, 2, 4, 2), MASKS.values(), strict=True)], ids=MASKS)
@@ -209,17 +136,17 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(x64, attend_by):
 
 def test_a_hidden_key_may_hold_any_finite_number(x64, attend_by):
     q, k, v = draw()
-    hidden = ~np.asarray(mask()[0, 7])  # the sight of one query of the first sequence
+    hidden = ~np.asarray(dense_mask()[0, 7])  # the sight of one query of the first sequence
     k = k.at[0, hidden].set(1e6)
     v = v.at[0, hidden].set(-1e6)
-    assert_close(attend_by(q, k, v, MASK)[0, 7], by_hand(*draw(), mask())[0, 7])
+    assert_close(attend_by(q, k, v, MASK)[0, 7], by_hand(*draw(), dense_mask())[0, 7])
 
 
 def test_scores_far_apart_neither_overflow_nor_vanish(attend_by):
     q, k, v = draw(dtype="float32")
     out, gradients = with_gradients(attend_by, 300.0 * q, 300.0 * k, v, MASK)
     assert all(np.isfinite(x).all() for x in (out, *gradients))
-    assert_close(out, by_hand(300.0 * q, 300.0 * k, v, mask()), "float32")
+    assert_close(out, by_hand(300.0 * q, 300.0 * k, v, dense_mask()), "float32")
 
 
 @pytest.mark.parametrize("scoring", [Scoring(), Scoring(scale=0.3, softcap=1.5)], ids=["plain", "capped"])
@@ -230,6 +157,7 @@ def test_gradients_match_finite_differences(x64, attend_by, scoring):
     def run(*arrays):
         return attend_by(*arrays[:3], mask, scoring=scoring, sinks_N=arrays[3])
 
+    # A difference over 2e-4 differs from the derivative by some 1e-9 third ones: the tolerance is its error, not ours.
     check_grads(jax.jit(run), (q, k, v, sinks), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
 
 
@@ -248,9 +176,9 @@ def test_long_sequences_need_the_memory_of_one_block_whatever_the_length():
 def test_dropout_takes_the_probabilities_after_their_sum(x64):
     """The kept ones are not renormalised: with twice the probabilities the output doubles."""
     q, k, v = draw()
-    doubled = naive_attention(q, k, v, mask(), drop=lambda p: 2.0 * p)
-    assert_close(doubled, 2.0 * naive_attention(q, k, v, mask()))
-    first = naive_attention(q, k, v, mask(), drop=lambda p: p.at[..., 1:].set(0.0))
+    doubled = naive_attention(q, k, v, dense_mask(), drop=lambda p: 2.0 * p)
+    assert_close(doubled, 2.0 * naive_attention(q, k, v, dense_mask()))
+    first = naive_attention(q, k, v, dense_mask(), drop=lambda p: p.at[..., 1:].set(0.0))
     diagonal = np.asarray(first)[:, 0]  # the first query's one key is key 0
     assert_close(diagonal, np.repeat(np.asarray(v)[:, 0], N // K, axis=1))
 
@@ -288,58 +216,3 @@ def test_parts_of_sequences_are_what_their_places_say_in_every_way(x64):
         expected = by_reference(q, k, v, mask)
         for way in ("auto", "xla"):
             assert_close(attention(q, k, v, mask, implementation=way), expected)
-
-
-# --- parts of the keys
-
-
-def in_parts(q, k, v, seen, cuts):
-    """Attend to the keys between the cuts one part after the other, merging as a ring does."""
-    parts = [slice(a, b) for a, b in zip((0, *cuts), (*cuts, T), strict=True)]
-    found = [attend(q, k[:, keys], v[:, keys], seen[:, :, keys]) for keys in parts]
-    return functools.reduce(merge, found)
-
-
-@pytest.mark.parametrize("cuts", [(5,), (2, 3, 9)], ids=str)
-def test_parts_of_the_keys_merge_to_the_whole(x64, cuts):
-    """Early queries see nothing of the later parts, and some see nothing of any."""
-    q, k, v = draw()
-    seen = mask() & jnp.asarray(np.arange(T) != 4)[None, :, None]
-    o, lse = jax.jit(lambda *a: in_parts(*a, cuts))(q, k, v, seen)
-    assert_close(o, by_hand(q, k, v, seen))
-    scores = np.einsum("BTKGH,BSKH->BTKGS", np.reshape(q, (B, T, K, N // K, H)), k) / np.sqrt(H)
-    exact = np.where(np.asarray(seen)[:, :, None, None], np.exp(scores), 0.0).sum(-1).reshape(B, T, N)
-    np.testing.assert_array_equal(np.isneginf(lse), exact == 0)
-    assert_close(np.exp(lse), exact)
-
-
-def test_a_part_that_sees_nothing_gives_zeros_and_changes_nothing(x64):
-    q, k, v = draw()
-    o, lse = attend(q, k, v, mask())
-    nothing = attend(q, 1e3 * k, v, jnp.zeros_like(mask()))
-    assert not np.asarray(nothing[0]).any()
-    assert np.isneginf(nothing[1]).all()
-    for merged in (merge((o, lse), nothing), merge(nothing, (o, lse))):
-        assert_close(merged, (o, lse))
-    both = merge(nothing, nothing)
-    assert not np.asarray(both[0]).any()
-    assert np.isneginf(both[1]).all()
-
-
-def test_scores_far_apart_merge_to_the_larger_ones():
-    """exp of either log-sum-exp overflows float32."""
-    o = jnp.ones((1, 1, 1, 1), jnp.float32)
-    merged, lse = merge((o, jnp.full((1, 1, 1), 500.0)), (3 * o, jnp.full((1, 1, 1), 900.0)))
-    np.testing.assert_array_equal(merged, 3 * o)
-    np.testing.assert_array_equal(lse, [[[900.0]]])
-
-
-def test_gradients_of_the_parts_add_up_to_those_of_the_whole(x64):
-    """Given the log-sum-exp over all keys, and the sum of do * o."""
-    q, k, v = draw()
-    out, whole = with_gradients(by_reference, q, k, v, MASK)
-    do, (_, lse) = jnp.cos(out), attend(q, k, v, mask())
-    delta = (do * out).sum(-1)
-    parts = [slice(0, 4), slice(4, T)]
-    dq, dk, dv = zip(*(attend_bwd(q, k[:, s], v[:, s], mask()[:, :, s], lse, do, delta) for s in parts), strict=True)
-    assert_close((sum(dq), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), whole)

@@ -98,6 +98,7 @@ def test_strong_decay_over_a_long_row_neither_overflows_nor_divides(monkeypatch)
 def test_gradients_match_finite_differences(x64):
     q, k, v, decay, state = draw(10)
     f = jax.jit(lambda q, k, v, state: linear_attention(q, k, v, decay, state, packed(10)))
+    # Differences over 2e-4 differ from the derivative by some 1e-9 third ones, large in a product of three arrays.
     check_grads(f, (q, k, v, state), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 

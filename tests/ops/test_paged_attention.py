@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from moejax.ops.mask import Scoring
 from moejax.ops.paged_attention import (
     latent_attention,
     latent_attention_reference,
@@ -44,7 +45,10 @@ def test_pages_give_what_whole_sequences_give(implementation, heads, kv_heads, w
             assert_close(out[b, t], expected, "float32")
 
 
-@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"scale": 0.7}, {"sinks": True}, {"sinks": True, "window": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{"scoring": Scoring(softcap=2.0)}, {"scoring": Scoring(0.7)}, {"sinks": True}, {"sinks": True, "window": 4}],
+)
 def test_xla_equals_the_reference_under_every_option(options):
     pages = make()
     if options.pop("sinks", False):
@@ -74,7 +78,7 @@ def test_latents_are_one_key_head_and_hold_the_values(implementation):
     pages = make(heads=4, kv_heads=1, dim=6)
     latent = pages.k[:, :, 0]
     out = latent_attention(pages.q, latent, *pages[3:], value_dim=4, scale=0.3, implementation=implementation)
-    expected = paged_attention_reference(pages.q, pages.k, pages.k[..., :4], *pages[3:], scale=0.3)
+    expected = paged_attention_reference(pages.q, pages.k, pages.k[..., :4], *pages[3:], scoring=Scoring(0.3))
     assert out.shape == (4, 3, 4, 4)
     assert_close(out, expected)
     assert_close(latent_attention_reference(pages.q, latent, *pages[3:], value_dim=4, scale=0.3), expected)

@@ -1,5 +1,7 @@
 """Sorting slots by expert, gathering and combining rows: against plain numpy and a scatter, forward and backward."""
 
+from typing import get_args, get_type_hints
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from moejax.config.moe import MoEConfig
 from moejax.ops.permute import combine_reference, combine_rows, gather_rows, move_rows, sort_by_expert
+from pallas_kernels.target import Declined
 
 M, A, E, D = 13, 3, 5, 4
 
@@ -64,6 +68,21 @@ def test_gather_and_combine_and_gradients_match_the_scatter():
         fast = jax.value_and_grad(lambda *a: loss(lambda x: gather_rows(x, order, A), combine_rows, *a), (0, 1))
         slow = jax.value_and_grad(lambda *a: loss(slow_gather, combine_reference, *a), (0, 1))
         chex.assert_trees_all_close(jax.jit(fast)(x, weights), slow(x, weights), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_move_under_every_name_that_experts_have():
+    experts, chosen, x, weights = draw(2)
+    order = sort_by_expert(experts, E, chosen)
+    for name in get_args(get_type_hints(MoEConfig)["implementation"]):
+
+        def moved(x, weights, name=name):
+            return combine_rows(gather_rows(x, order, A, implementation=name), weights, order, implementation=name)
+
+        if name == "triton":  # no GPU here
+            with pytest.raises(Declined):
+                moved(x, weights)
+        else:
+            chex.assert_trees_all_equal(moved(x, weights), moved(x, weights, "auto"))
 
 
 def test_slots_not_chosen_leak_nothing_even_when_not_finite():

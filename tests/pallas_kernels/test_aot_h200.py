@@ -53,7 +53,7 @@ def apart() -> Iterator[Executor]:
 def test_kernels_compile_well(case: Case, way: str, apart: Executor):
     lines = apart.submit(compiled.compile_row, case.family, case.name, way).result()
     assert not [rule for line in lines for rule in line.breaches], lines
-    assert all(line.name or line.note == compiled.KNOWN for line in lines), lines
+    assert all(line.report or line.note == compiled.KNOWN for line in lines), lines
     used, most = max(line.temporaries for line in lines), most_temporaries(case)
     assert used <= most, f"{used / MEBIBYTE:,.1f} MiB of temporaries, not {most / MEBIBYTE:,.1f}"
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moejax.ops import paged_attention as ops
+from moejax.ops.mask import Scoring
 from pallas_kernels import latent_attention as latent
 from pallas_kernels import paged_attention as paged
 from pallas_kernels.target import Declined
@@ -22,9 +23,10 @@ def make(lengths, queries, length=1, *, seed=0, **shape) -> Pages:
     return make_pages(seed, lengths, queries, length, dtype="bfloat16", **{"dim": 64, **shape})
 
 
-def attend(pages: Pages, config: paged.Config = TINY, **options: Any) -> jax.Array:
+def attend(pages: Pages, config: paged.Config = TINY, softcap: float | None = None, **options: Any) -> jax.Array:
     """Run the kernel and hold it to the accuracy rule."""
-    out = paged.paged_attention(*pages, config=config, **options)
+    out = paged.paged_attention(*pages, config=config, softcap=softcap, **options)
+    options["scoring"] = Scoring(softcap=softcap)
     wide = (x.astype(jnp.float32) for x in pages[:3])
     exact = ops.paged_attention_reference(*wide, *pages[3:], **options)
     assert_accurate(out, ops.paged_attention_xla(*pages, **options), exact)

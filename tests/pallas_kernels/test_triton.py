@@ -128,10 +128,11 @@ def test_kernel_compiles_for_the_h200_without_spills(name: str):
     function, args = COMPILED[name]
     case = Case("moe", name, lambda key: tuple(jnp.zeros(x.shape, x.dtype) for x in args), {"triton": function}, 0, 0)
     (line,) = compile_case(case)
-    assert line.name and not line.breaches, (line.breaches, line.note)
-    assert line.spills == 0 and 0 < line.registers <= 255 and line.shared_memory <= 163 * 1024
-    if "matmul" in line.name and name != "few rows":
-        assert line.wgmma > 0
+    report = line.report
+    assert report and not line.breaches, (line.breaches, line.note)
+    assert report.spills == 0 and 0 < report.registers <= 255 and report.shared_memory <= 163 * 1024
+    if "matmul" in report.name and name != "few rows":
+        assert report.wgmma > 0
 
 
 @needs_jax_triton
@@ -153,7 +154,8 @@ def test_matmul_is_machine_code_of_older_chips_too(kind: str, target: str, limit
     (ptx,) = tmp_path.rglob("*.ptx")
     assert f".target {target}" in ptx.read_text() and "mma.sync" in ptx.read_text()
     line = triton_line("", "triton", ptx, 0)
-    assert not line.breaches and line.registers <= 255 and line.shared_memory <= limit * 1024
+    report = line.report
+    assert report and not line.breaches and report.registers <= 255 and report.shared_memory <= limit * 1024
 
 
 def test_what_a_kernel_cannot_take_is_declined_with_the_reason():

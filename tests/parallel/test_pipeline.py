@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moejax.config.mesh import MeshConfig
-from moejax.config.model import AttentionConfig, ModelConfig
+from moejax.config.attention import AttentionConfig
+from moejax.config.model import ModelConfig
 from moejax.models import ModelParts
 from moejax.parallel.plan import MeshPlan
 from moejax.train.state import abstract_state

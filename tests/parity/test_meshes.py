@@ -245,7 +245,7 @@ def test_a_slice_of_a_gradient_that_is_not_summed_is_found(twins, monkeypatch):
 
 def test_a_router_loss_that_every_tensor_rank_adds_is_found(twins, monkeypatch):
     honest = train_gradient.router_loss
-    monkeypatch.setattr(train_gradient, "router_loss", lambda stats: 4 * honest(stats))
+    monkeypatch.setattr(train_gradient, "router_loss", lambda stats, config: 4 * honest(stats, config))
     assert fails(FULLY_TESTED, "tensor4_data2") == {"gradient", "metrics", "state"}
 
 

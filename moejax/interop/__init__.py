@@ -1,0 +1,1 @@
+"""Checkpoints of others: open weights in, open weights out."""

@@ -1,0 +1,144 @@
+"""Which family is a config.json's model type, and which model type is a family?"""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+from moejax.config.load import did_you_mean, explain
+from moejax.config.model import ModelConfig
+from moejax.interop.config_json import ConfigJson, Json
+from moejax.interop.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    granite_moe,
+    llama,
+    minimax,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
+
+FAMILIES: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        deepseek_v2,
+        deepseek_v3,
+        glm4_moe,
+        gpt_oss,
+        granite_moe,
+        llama,
+        minimax,
+        minimax_m2,
+        mixtral,
+        olmoe,
+        qwen2_moe,
+        qwen3,
+        qwen3_moe,
+    )
+}
+"""ModelConfig.name -> the file that knows its Hugging Face form."""
+
+MODEL_TYPES = {module.MODEL_TYPE: module for module in FAMILIES.values()} | {minimax.RELEASED: minimax}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read the model that FOLDER/config.json describes; raise ValueError naming file, key and rule."""
+    hf = ConfigJson.read(folder)
+    model_type = hf.get("model_type")
+    if model_type not in MODEL_TYPES:
+        known = ", ".join(sorted(MODEL_TYPES))
+        raise ValueError(
+            f'{hf.path}: model_type = "{model_type}" is not supported{did_you_mean(model_type, MODEL_TYPES)} '
+            f"(known: {known})"
+        )
+    try:
+        return MODEL_TYPES[model_type].config(hf)
+    except ValidationError as error:
+        raise ValueError(f"{hf.path}: as a model: {explain(error, ModelConfig)}") from None
+
+
+def family_of(config: ModelConfig) -> ModuleType:
+    """Give the file of a model's family; raise ValueError for one that Hugging Face does not have."""
+    if config.name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f'a model of name = "{config.name}" has no Hugging Face form (those that have: {known})')
+    return FAMILIES[config.name]
+
+
+def write_config(config: ModelConfig, source: Json | None = None) -> Json:
+    """Give the config.json of a model; `source`, the one it came from, brings what does not concern the weights.
+
+    Raises ValueError where the family's config.json cannot say what the model is.
+    """
+    family = family_of(config)
+    written: Json = family.to_json(config)
+    again = family.config(ConfigJson(Path("config.json to be written"), written | {"model_type": family.MODEL_TYPE}))
+    if lost := _lost(config, again):
+        raise ValueError(f"{family.MODEL_TYPE} cannot say {', '.join(lost)}: set that as the family has it")
+    kept = {key: value for key, value in (source or {}).items() if key in KEPT}
+    head = {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}
+    return head | kept | written
+
+
+KEPT = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_position_embeddings",
+    "initializer_range",
+    "use_cache",
+    "block_size",
+)
+"""Keys that are no business of the weights."""
+
+IRRELEVANT = ("implementation", "dispatch", "dropout", "remat", "unroll", "init_scale", "capacity_factor", "precision")
+"""Fields that say how a model is run or trained, not what it computes."""
+
+
+def _lost(ours: ModelConfig, again: ModelConfig) -> Sequence[str]:
+    """Name what a config.json would not bring back."""
+    found = []
+    for name, (a, b) in _differences(ours, again).items():
+        parts = name.split(".")
+        training = parts[:2] == ["moe", "router"] and parts[-1] in TRAINING
+        unused = parts[0] == "attention" and ours.latent is not None
+        unused |= parts[0] == "ffn" and ours.moe is not None
+        unused |= parts[0] == "mixers" and _spread(ours) == _spread(again)
+        if parts[0] not in ("precision",) and parts[-1] not in IRRELEVANT and not training and not unused:
+            found.append(f"{name} = {a!r} (it would be {b!r})")
+    return found
+
+
+TRAINING = (
+    "noise",
+    "jitter",
+    "load_balance",
+    "balance_over",
+    "z_loss",
+    "importance_loss",
+    "load_loss",
+    "bias_update_rate",
+)
+"""Fields of a router that concern training alone."""
+
+
+def _spread(config: ModelConfig) -> list[str]:
+    return [config.mixers[n % len(config.mixers)] for n in range(config.num_layers)]
+
+
+def _differences(ours: Any, theirs: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    if not is_dataclass(ours) or type(ours) is not type(theirs):
+        return {} if ours == theirs else {prefix.rstrip("."): (ours, theirs)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in fields(ours):
+        found |= _differences(getattr(ours, field.name), getattr(theirs, field.name), f"{prefix}{field.name}.")
+    return found

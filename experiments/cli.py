@@ -46,6 +46,9 @@ SMOKE: Final[Mapping[str, Any]] = {
 }
 """What `--smoke` sets unless an experiment says otherwise."""
 
+FINE_TUNING_LR: Final = 2e-5
+"""Of weights that were read; low-rank updates want ten times as much."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -110,7 +113,8 @@ def parse(
         use_cpu(known.fake_devices)
     config = _read_config(known, smoke_model)
     if known.smoke:
-        config = load.override(config, smoke, "--smoke")
+        fixed = {} if not config.train.init_from else {"model"}  # a model that was read keeps its sizes
+        config = load.override(config, {k: v for k, v in smoke.items() if k.split(".")[0] not in fixed}, "--smoke")
     if dotted:
         config = load.override(config, dotted, "command line")
     if known.help:
@@ -153,7 +157,7 @@ def split_dotted(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 def _shared_parser(name: str, doc: str | None) -> Parser:
     parser = Parser(name, doc, add_help=False)  # its help waits for the model file, whose values it shows
     parser.add_argument("-h", "--help", action="store_true", help="show this, with the chosen model's defaults")
-    parser.add_argument("--model", metavar="NAME|PATH", help="model file (default: demo, or the resumed run's)")
+    parser.add_argument("--model", metavar="NAME|PATH", help="model file, or a Hugging Face folder (default: demo, or the resumed run's)")
     parser.add_argument("--mesh", metavar="NAME|PATH", help="mesh file (default: single, or the resumed run's)")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where the run writes (default: runs/{name})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
@@ -190,8 +194,26 @@ def _read_config(known: argparse.Namespace, smoke_model: str) -> RunConfig:
     saved = known.out / "config.toml" if known.resume and known.out else None
     stand_in = str(saved) if saved and saved.is_file() else None
     model = known.model or stand_in or (smoke_model if known.smoke else "demo")
-    mesh = known.mesh or stand_in or "single"
-    return load.read_files(load.find_config("model", model, CONFIGS), load.find_config("mesh", mesh, CONFIGS))
+    mesh = load.find_config("mesh", known.mesh or stand_in or "single", CONFIGS)
+    if Path(model).expanduser().is_dir():
+        return read_open_weights(Path(model).expanduser(), mesh)
+    return load.read_files(load.find_config("model", model, CONFIGS), mesh)
+
+
+def read_open_weights(folder: Path, mesh: Path) -> RunConfig:
+    """Make a run's config from a Hugging Face folder: its model, its tokenizer, its weights to start from.
+
+    Raises ValueError naming file and key where config.json is none of ours.
+    """
+    from moejax.interop.model_types import read_config  # not for every --help
+
+    table = load.load_toml(mesh)
+    run = load.build(RunConfig, {"mesh": table["mesh"]} if "mesh" in table else {}, str(mesh))
+    run = dataclasses.replace(run, model=read_config(folder))
+    values: dict[str, Any] = {"train.init_from": str(folder), "optimizer.lr": FINE_TUNING_LR}
+    if (folder / "tokenizer.json").is_file():
+        values["data.tokenizer"] = str(folder / "tokenizer.json")
+    return load.override(run, values, str(folder))
 
 
 def _dotted_help(config: RunConfig) -> str:

@@ -55,7 +55,10 @@ def prepare_data(config: RunConfig) -> "Data":
     from moejax.data import prepare
     from moejax.parallel import launch
 
-    build = functools.cache(lambda: prepare(config.data, config.model.vocab, config.train.seq_len, config.train.seed))
+    train = config.train
+    build = functools.cache(
+        lambda: prepare(config.data, config.model.vocab, train.seq_len, train.seed, source_len=train.num_source())
+    )
     first = launch.from_first("data", lambda: [build().fingerprint, build().tokenizer.hash()])
     if (own := [build().fingerprint, build().tokenizer.hash()]) != first:
         raise ValueError(
@@ -101,7 +104,7 @@ def describe(config: RunConfig, parts) -> str:
 
     mesh, train, device = parts.plan.config, config.train, jax.devices()[0]
     axes = " ".join(f"{axis}={size}" for axis, size in parts.plan.mesh.shape.items() if size > 1) or "one device"
-    cost, memory = model_cost(parts, train.seq_len), estimate_memory(parts, train)
+    cost, memory = model_cost(parts, train.seq_len, train.num_source()), estimate_memory(parts, train)
     tokens = train.global_batch * train.seq_len
     kinds = ("params", "gradients", "optimizer", "activations", "workspace")
     shares = ", ".join(f"{kind} {_units(getattr(memory, kind), 'B')}" for kind in kinds)

@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax; -m gpu wants JAX_PLATFORMS=cuda
 # A test runs its program a few times: compiling it without LLVM's optimiser saves a third of the time.
@@ -68,6 +69,24 @@ def tiny_models() -> list[str]:
     return [path.stem for path in config_files("model", "*_tiny")]
 
 
+COMPOSED = {
+    "deepseek_v2_tiny",
+    "glm4_moe_tiny",
+    "granite_moe_tiny",
+    "llama_tiny",
+    "minimax_m2_tiny",
+    "qwen3_moe_tiny",
+    "qwen3_tiny",
+}
+"""Families of parts that another tiny model has as well: tests/interop proves their numbers by default, and where all
+tiny models are tested they are slow."""
+
+
+def tiny_params() -> list[Any]:
+    """Name every tiny model for parametrize."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in COMPOSED else ()) for name in tiny_models()]
+
+
 def eight_device_meshes() -> list[str]:
     """Name every mesh file that fits the tests' 8 devices, the one-device mesh left out."""
     names = (name for name in load.config_names("mesh", CONFIGS) if name not in ("single", "auto"))
@@ -91,7 +110,7 @@ def x64():
         yield
 
 
-@pytest.fixture(params=tiny_models())
+@pytest.fixture(params=tiny_params())
 def tiny_model(request: pytest.FixtureRequest) -> ModelConfig:
     """Run the test once for each tiny model."""
     return model_config(request.param)

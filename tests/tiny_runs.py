@@ -51,6 +51,7 @@ class TinyRun(Trial):
         """Build the parts for tiny batches."""
         wanted = len(jax.devices()) if mesh.data == -1 else int(np.prod(mesh.degrees()))
         batch = {"global_batch": ROWS, "seq_len": LENGTH, "microbatches": MICROBATCHES}
+        batch["source_len"] = train.get("seq_len", LENGTH) + 4  # so that no length is taken for the other
         config = RunConfig(model, mesh, TrainConfig(steps=steps, **(batch | train)), OPTIMIZER)
         return super().of(config, jax.devices()[:wanted])
 

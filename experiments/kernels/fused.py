@@ -143,13 +143,13 @@ def _swiglu_backward(shape: tuple[int, int]) -> Case:
 
 def _rope(shape: tuple[int, int, int, int]) -> Case:
     """Forward; the gradient is the same rotation the other way."""
-    from moejax.ops.rope import apply_rope, rope_tables
+    from moejax.ops.rope import apply_rope, frequencies, rope_tables
 
     batch, length, _, dim = shape
 
     def make(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        return jax.random.normal(key, shape, BF16), rope_tables(positions_BT, dim, 1e4)
+        return jax.random.normal(key, shape, BF16), rope_tables(positions_BT, frequencies(dim, 1e4))
 
     def torch_rope(x: Any, tables: Any) -> Any:
         import torch  # pyright: ignore[reportMissingImports]

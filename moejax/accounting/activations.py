@@ -6,13 +6,14 @@ have, without those that it fuses away.
 """
 
 import collections
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from moejax.accounting.mixers import MixerSize, mixer_size
-from moejax.config.attention import AttentionConfig, LatentConfig
+from moejax.config.attention import AttentionConfig, LatentConfig, T5AttentionConfig
 from moejax.config.model import ModelConfig
 from moejax.config.moe import MoEConfig
 from moejax.config.run import TrainConfig
@@ -90,6 +91,8 @@ class LayerMemory:
         queries, outputs, keys = (self.tokens * x for x in (mixer.queries, mixer.outputs, mixer.keys))
         if mixer.is_linear:  # before silu as well; the gate, the norm's input and what the gate multiplies
             return (self.whole + 2 * (queries + keys) + 4 * outputs) * self.width
+        if isinstance(layer.mixer, T5AttentionConfig):
+            return self._t5(layer, mixer)
         size = (self.whole + queries + outputs + keys + 2 * self.tokens * mixer.key_dim) * self.width
         size += self.tokens * mixer.heads * self.wide
         if isinstance(layer.mixer, LatentConfig):  # what the heads' keys grow out of, before and after its norm
@@ -101,9 +104,27 @@ class LayerMemory:
             size += 3 * self.rows * mixer.heads * self.length * self.train.seq_len * self.wide
         return size
 
+    def _t5(self, layer: Layer, mixer: MixerSize) -> float:
+        """Its input; q, k, v, the output; the scores' exponentials, masked or not, and the mask; and of the source."""
+
+        def attend(keys: float, length: int) -> float:
+            size = (self.whole + self.tokens * (mixer.queries + mixer.outputs) + keys * mixer.keys) * self.width
+            return size + self.rows * mixer.heads * self.length * length * (2 * self.wide + 1)
+
+        size = attend(self.tokens, self.train.seq_len)
+        if layer.part == "decoder":  # and a third norm
+            source = self.train.num_source()
+            size += attend(self.rows * source, source) + self.norms() / 2
+        return size
+
     def dense(self) -> float:
-        """Its input; gate, up, and the four factors of silu(gate) * up."""
-        return (self.whole + 6 * self.tokens * self.config.ffn / self.plan.size("tensor")) * self.width
+        """Its input; gate, up, and the four factors of silu(gate) * up; of relu its input, its output and its sign."""
+        units = self.tokens * self.config.ffn / self.plan.size("tensor")
+        return self.whole * self.width + units * self.unit(self.config.ffn_activation)
+
+    def unit(self, activation: str) -> float:
+        """Give the bytes that a hidden unit leaves."""
+        return 2 * self.width + 1 if activation == "relu" else 6 * self.width
 
     def sparse(self) -> float:
         """The router's input and probabilities; the experts' rows, in and out, and their hidden units."""
@@ -115,7 +136,7 @@ class LayerMemory:
             every = self.tokens * moe.num_experts
             return size + every * (self.config.embed + 6 * hidden + self.config.embed) * self.width
         if self.way == "capacity":
-            size += places * (self.config.embed + 6 * hidden) * self.width
+            size += places * (self.config.embed * self.width + hidden * self.unit(moe.activation))
             return size + self.routed * self.config.embed * self.router_width
         # Rows as they were sorted and as they came back; sent to another rank, the places there have a copy.
         rows = 2 * self.routed * self.config.embed
@@ -137,6 +158,9 @@ class LayerMemory:
             keys = 2 * self.tokens * mixer.keys * self.wide
             return 2 * self.rows * mixer.heads * self.length**2 * self.wide + keys
         length, heads = self.train.seq_len, mixer.heads / self.plan.size("sequence")
+        if isinstance(layer.mixer, T5AttentionConfig):  # biased, masked, their exponentials, and both gradients
+            keys = max(length, self.train.num_source()) if layer.part == "decoder" else length
+            return 5 * self.rows * heads * length * keys * self.wide
         if naive(layer):
             return 2 * self.rows * heads * length**2 * self.wide
         kv_heads = mixer.kv_heads / self.plan.size("sequence")
@@ -213,21 +237,30 @@ class LayerMemory:
 def activations(config: ModelConfig, plan: MeshPlan, train: TrainConfig) -> Activations:
     """Count what one device holds of activations at the peak of a step."""
     memory = LayerMemory(config, plan, train)
+    reading = LayerMemory(config, plan, dataclasses.replace(train, seq_len=train.num_source()))
     layers = collections.Counter(FAMILIES[config.name].layers(config))
     stages = plan.size("pipeline")
-    kept = sum(number * memory.kept(layer, config.remat) for layer, number in layers.items()) / (
-        stages * plan.config.chunks
-    )
+    kept = sum(
+        number * (reading if layer.part == "encoder" else memory).kept(layer, config.remat)
+        for layer, number in layers.items()
+    ) / (stages * plan.config.chunks)
+    if config.encoder is not None:  # what every layer of the decoder looks into
+        kept += reading.whole * reading.width
     stash = 0.0
     if stages > 1:  # a stage keeps its inputs alone, and a message each way; a chunk's layers are run again backward
         _, _, slots = plan.schedule(train.microbatches).slots
         stash = (slots + 1 + 4) * memory.stream * memory.width
     heaviest = max(layers, key=memory.feed_forward)
-    return Activations(kept + stash, _workspace(memory, heaviest, config.remat))
+    workspace = _workspace(memory, heaviest, config.remat)
+    if config.encoder is not None:
+        workspace = max(workspace, _workspace(reading, heaviest, config.remat))
+    return Activations(kept + stash, workspace)
 
 
 def naive(layer: Layer) -> bool:
     """Say whether a layer attends with all scores in memory."""
+    if isinstance(layer.mixer, T5AttentionConfig):
+        return True
     return layer.mixer.implementation == "reference" or (
         isinstance(layer.mixer, AttentionConfig) and layer.mixer.dropout > 0
     )

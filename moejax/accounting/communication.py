@@ -63,8 +63,16 @@ class _Step:
         self.tokens = self.rows * self.length
         layers = FAMILIES[self.config.name].layers(self.config)
         stages = self.plan.size("pipeline")
-        self.num_layers = len(layers) / stages
         self.num_sparse = sum(layer.ffn == "sparse" for layer in layers) / stages
+        # Of an encoder-decoder what counts is each layer's own tokens, as multiples of the decoder's.
+        weights = [layer.length(train.seq_len, train.num_source()) / train.seq_len for layer in layers]
+        self.source = 0.0 if self.config.encoder is None else train.num_source() / train.seq_len
+        self.num_norms = sum(layer.sublayers for layer in layers) / stages + (self.config.encoder is not None)
+        self.sublayers = sum(w * layer.sublayers for w, layer in zip(weights, layers, strict=True)) / stages
+        self.layers = sum(weights) / stages
+        self.sparse_lengths = [
+            layer.length(train.seq_len, train.num_source()) for layer in layers if layer.ffn == "sparse"
+        ]
         self.mixers = [(mixer_size(self.config, layer.mixer, self.plan), layer.mixer) for layer in layers]
         self.stages_count = stages
         self.moe = self.config.moe
@@ -120,10 +128,10 @@ class _Step:
         return sent + self.send(place.over, "reduce-scatter", whole, uses * self.microbatches, "gradients")
 
     def _uses(self, name: str) -> int:
-        """Count how often a step's forward reads a weight: a tied table twice, a mixture's head for each expert."""
+        """Count how often a step's forward reads a weight: a table once for each embedding and, tied, for the head."""
         heads = 2 * self.moe.num_experts if self.moe is not None and self.competitive else 1
         if "embedding" in name:
-            return 1 + heads if self.config.tie_embeddings else 1
+            return 1 + (self.config.encoder is not None) + heads * self.config.tie_embeddings
         return heads if "head" in name else 1
 
     # --- activations
@@ -134,12 +142,12 @@ class _Step:
             return []
         streams = self.moe.num_experts if self.moe is not None and self.competitive else 1
         again = RECOMPUTED[self.config.remat]
-        forwards, layers = self.forwards, self.num_layers
+        forwards, layers, source = self.forwards, self.sublayers, self.source
         # A mixture's last layer leaves, and the norm before the head enters, once for each expert's stream.
         extra = streams - 1
-        enter = 2 * layers * (forwards + ("enter" in again)) + streams
-        leave = (2 * layers + extra + 1) * forwards + ("leave" in again) * layers
-        enter_back, leave_back = 2 * layers + streams, 2 * layers + extra + 1
+        enter = layers * (forwards + ("enter" in again)) + streams + source
+        leave = (layers + extra + 1 + source) * forwards + ("leave" in again) * (layers - self.layers)
+        enter_back, leave_back = layers + streams + source, layers + extra + 1 + source
         payload, times, why = self.tokens * self.config.embed * self.width, self.microbatches, "tensor parallelism"
         if self.plan.config.overlap_tensor:
             sent = self._rings(payload, streams)
@@ -161,20 +169,21 @@ class _Step:
     def _rings(self, payload: float, streams: int) -> list[Transfer]:
         """Send the same bytes step by step, but around sparse layers, the embedding and the head."""
         again, times, forwards = RECOMPUTED[self.config.remat], self.microbatches, self.forwards
-        ringed, sparse = 2 * self.num_layers - self.num_sparse, self.num_sparse
+        sparse = sum(self.sparse_lengths) / self.train.seq_len / self.stages_count
+        ringed = self.sublayers - sparse
         extra = streams - 1
         part, ranks = payload / self.plan.size("tensor"), self.plan.size("tensor")
         passes = 2 * (forwards + 1) + ("enter" in again) + ("leave" in again) / 2
         sent = self.send(("tensor",), "collective-permute", (ranks - 1) * part, times * passes * ringed, "tensor rings")
-        gathers = times * (sparse * (forwards + 1 + ("enter" in again)) + streams + extra + 1)
-        scatters = times * (sparse * (forwards + 1) + (extra + 1) * forwards + streams)
+        gathers = times * (sparse * (forwards + 1 + ("enter" in again)) + streams + extra + 1 + 2 * self.source)
+        scatters = times * (sparse * (forwards + 1) + (extra + 1 + self.source) * forwards + streams + self.source)
         sent += self.send(("tensor",), "all-gather", payload, gathers, "tensor parallelism")
         return sent + self.send(("tensor",), "reduce-scatter", payload, scatters, "tensor parallelism")
 
     def _whole_on_tensor(self) -> list[Transfer]:
         """Sum the gradients of weights that every tensor rank holds and uses on its own part."""
         config, embed, norms = self.config, self.config.embed, self.plan.config.sequence_parallel
-        size = embed * self.width * (2 * self.num_layers + 1) * norms
+        size = embed * self.width * (self.num_norms + 1) * norms
         moe = self.moe
         if moe is not None:
             routers = 2 if moe.router.noise == "gaussian" else 1
@@ -225,34 +234,38 @@ class _Step:
         """Send rows to their experts and back (arXiv 2006.16668); the padded way, whole buffers."""
         if self.moe is None:
             return []
-        forwards = (self.forwards + ("experts" in RECOMPUTED[self.config.remat])) * self.num_sparse * self.microbatches
-        backwards = self.num_sparse * self.microbatches
-        return [*self._places(forwards), *self._exchange(forwards, backwards)]
+        backwards = self.microbatches / self.stages_count
+        forwards = (self.forwards + ("experts" in RECOMPUTED[self.config.remat])) * backwards
+        sent = []
+        for seq_len in self.sparse_lengths:
+            length = seq_len // self.plan.degree("seq")
+            sent += self._places(forwards, length) + self._exchange(forwards, backwards, seq_len, length)
+        return sent
 
-    def _exchange(self, forwards: float, backwards: float) -> list[Transfer]:
+    def _exchange(self, forwards: float, backwards: float, seq_len: int, length: int) -> list[Transfer]:
         moe, ranks = self.moe, self.plan.size("expert")
         if moe is None or ranks == 1:
             return []
-        axes, why, embed = ("expert",), "expert exchange", self.config.embed
+        axes, why, embed, tokens = ("expert",), "expert exchange", self.config.embed, self.rows * length
         if self.way == "dense":
-            group = self.tokens * ranks
+            group = tokens * ranks
             # ZeRO-3's policy recomputes what is gathered over batch axes, weights or not.
             again = backwards if self.plan.config.zero_stage == 3 and self.config.remat == "none" else 0
             sent = self.send(axes, "all-gather", group * (embed * self.width + 4), forwards + again, why)
             sent += self.send(axes, "reduce-scatter", group * embed * self.width, backwards, why)
-            payload = moe.num_experts * self.tokens * embed * self.width
+            payload = moe.num_experts * tokens * embed * self.width
             return sent + self.send(axes, "all-to-all", payload, forwards + backwards, why)
         if self.way == "capacity":
-            places = self.rows * moe.num_experts * self.slots
+            places = self.rows * moe.num_experts * min(moe.num_slots(seq_len), length)
         else:
-            places = ranks * quota(self.plan, self.tokens * moe.router.num_active)
+            places = ranks * quota(self.plan, tokens * moe.router.num_active)
         sent = self.send(axes, "all-to-all", places * embed * self.width, 2 * (forwards + backwards), why)
         numbers = places * 4 if moe.dropout else 0
         sent += self.send(axes, "all-to-all", numbers, forwards, why)
         counts = ranks * moe.num_experts * 4 if self.way == "sorted" else 0
         return sent + self.send(axes, "all-gather", counts, forwards, why)
 
-    def _places(self, forwards: float) -> list[Transfer]:
+    def _places(self, forwards: float, length: int) -> list[Transfer]:
         """Number a split sequence's slots: counts of what stands before, or expert choice's whole columns."""
         moe, ranks = self.moe, self.plan.size("sequence")
         if moe is None or self.way != "capacity" or ranks == 1:
@@ -262,18 +275,12 @@ class _Step:
         active = moe.router.num_active
         if moe.router.kind == "expert_choice":
             active = moe.num_experts
-            scores = self.rows * moe.num_experts * self.length * ranks * self.router_width
+            scores = self.rows * moe.num_experts * length * ranks * self.router_width
             sent = self.send(axes, "all-gather", scores, forwards, why)
         else:
             sent = []
         counts = ranks * runs * self.rows * active * moe.num_experts * 4
         return sent + self.send(axes, "all-gather", counts, forwards, why)
-
-    @property
-    def slots(self) -> int:
-        """Give the places per expert and local part of a sequence."""
-        assert self.moe is not None
-        return min(self.moe.num_slots(self.train.seq_len), self.length)
 
     def stages(self) -> list[Transfer]:
         """Hand the residual stream on to the next stage, and its gradient back; every chunk does."""

@@ -7,8 +7,8 @@ from typing import Any
 from moejax.accounting.activations import width
 from moejax.accounting.communication import RECOMPUTED, by_axes, expected_transfers
 from moejax.accounting.compiled import Collective, collectives
-from moejax.accounting.mixers import mixer_size, score_products
-from moejax.accounting.model_cost import model_cost
+from moejax.accounting.mixers import mixer_size
+from moejax.accounting.model_cost import model_cost, scores_of
 from moejax.accounting.traced import matmul_flops
 from moejax.config.attention import LightningConfig
 from moejax.config.run import TrainConfig
@@ -102,11 +102,12 @@ def expected_flops(parts: ModelParts, train: TrainConfig) -> dict[str, float]:
     """List one device's FLOPs in a step: the model's own share, and each kind that the layout adds to it."""
     plan, config = parts.plan, parts.config
     tokens, devices = train.global_batch * train.seq_len, plan.mesh.size
-    cost, moe = model_cost(parts, train.seq_len), config.moe
+    source = train.num_source()
+    cost, moe = model_cost(parts, train.seq_len, source), config.moe
     layers_list = FAMILIES[config.name].layers(config)
     heads = moe.num_experts if moe is not None and moe.competitive else 1
     head = 2.0 * config.vocab * config.embed * heads
-    repeated = sum(score_products(layer.mixer, train.seq_len)[1] for layer in layers_list)
+    repeated = sum(scores_of(layer, train.seq_len, source)[1] for layer in layers_list)
     layers, local = cost.forward_flops - head, tokens / devices
     terms = {"model": 3 * cost.forward_flops * local, "scores again": 2.0 * repeated * local}
     again = (config.remat != "none") + (plan.size("pipeline") > 1)
@@ -121,11 +122,13 @@ def expected_flops(parts: ModelParts, train: TrainConfig) -> dict[str, float]:
     terms["whole keys"] = 2.0 * products * whole
     terms["states of other ranks"] = _states(parts) * (3 + again) * local
     if moe is not None:
-        sparse = sum(layer.ffn == "sparse" for layer in layers_list)
+        lengths = [layer.length(train.seq_len, source) for layer in layers_list if layer.ffn == "sparse"]
+        sparse = sum(lengths) / train.seq_len
         routers = 2 if moe.router.noise == "gaussian" else 1
         terms["whole routers"] = routers * 2.0 * config.embed * moe.num_experts * sparse * whole
-        expert = 6.0 * config.embed * moe.expert_ffn * sparse * (3 + again) * local
-        terms["padded places"] = expert * (_padding(parts, train) - 1) * moe.router.num_active
+        expert = 2.0 * (2 if moe.activation == "relu" else 3) * config.embed * moe.expert_ffn * (3 + again) * local
+        more = sum((_padding(parts, length) - 1) * length / train.seq_len for length in lengths)
+        terms["padded places"] = expert * more * moe.router.num_active
     return terms
 
 
@@ -138,7 +141,7 @@ def _states(parts: ModelParts) -> float:
     return sum(2.0 * mixer.num_heads * mixer.head_dim**2 for mixer in sizes)
 
 
-def _padding(parts: ModelParts, train: TrainConfig) -> float:
+def _padding(parts: ModelParts, length: int) -> float:
     """Give the rows that experts run, as a multiple of the routed ones: fixed places hold zeros, or drop."""
     moe = parts.config.moe
     assert moe is not None
@@ -147,9 +150,9 @@ def _padding(parts: ModelParts, train: TrainConfig) -> float:
         return 1.0
     if way == "dense":
         return moe.num_experts / moe.router.num_active
-    slots = moe.num_slots(train.seq_len)
+    slots = moe.num_slots(length)
     ranks = parts.plan.degree("seq")
-    return ranks * min(slots, train.seq_len // ranks) * moe.num_experts / (train.seq_len * moe.router.num_active)
+    return ranks * min(slots, length // ranks) * moe.num_experts / (length * moe.router.num_active)
 
 
 def breaches(lines: Sequence[Line]) -> list[Line]:

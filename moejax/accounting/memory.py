@@ -41,13 +41,16 @@ class WeightBytes:
     weights: float
     slices: float
     gathered: float
+    frozen: float
+    """weights that are not trained, under low-rank updates; and routers' biases"""
 
     @classmethod
     def of(cls, parts: ModelParts) -> "WeightBytes":
         """Count them; the same for every batch and remat policy."""
         specs = parts.weight_specs(), parts.state_specs()
         weights, slices = (local_bytes(parts.plan, parts.shapes, tree) for tree in specs)
-        return cls(weights, slices, gathered_elements(parts) * width(parts.config.precision.compute))
+        frozen = local_bytes(parts.plan, parts.buffer_shapes, parts.buffer_specs())
+        return cls(weights, slices, gathered_elements(parts) * width(parts.config.precision.compute), frozen)
 
 
 def estimate_memory(parts: ModelParts, train: TrainConfig, counted: WeightBytes | None = None) -> MemoryEstimate:
@@ -61,7 +64,7 @@ def estimate_memory(parts: ModelParts, train: TrainConfig, counted: WeightBytes 
     workspace = held.workspace + _weights_at_work(parts, train, counted)
     # The update overwrites Adam's moments before the new weights have read them: the compiler copies both.
     workspace = max(workspace, 2 * slices - held.kept)
-    return MemoryEstimate(weights, gradients, 2 * slices, held.kept + _cast_weights(parts, weights), workspace)
+    return MemoryEstimate(weights + counted.frozen, gradients, 2 * slices, held.kept + _cast_weights(parts, weights), workspace)
 
 
 def _weights_at_work(parts: ModelParts, train: TrainConfig, counted: WeightBytes) -> float:
@@ -91,8 +94,9 @@ def cache_bytes(config: ModelConfig, plan: MeshPlan, sequences: int, length: int
         size = mixer_size(config, layer.mixer, plan)
         if size.is_linear:
             total += size.heads * size.key_dim * size.value_dim * max(width(config.precision.compute), 4)
-        else:
-            total += length * size.cached * width(config.precision.compute)
+        elif layer.part != "encoder":  # a decoder behind one holds its source's keys and values too, taken as long
+            times = 2 if layer.part == "decoder" else 1
+            total += times * length * size.cached * width(config.precision.compute)
     return total * sequences / plan.degree("batch")
 
 

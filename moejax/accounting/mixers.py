@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moejax.config.attention import AttentionConfig, LatentConfig, LightningConfig, Mixer
+from moejax.config.attention import AttentionConfig, LatentConfig, LightningConfig, Mixer, T5AttentionConfig
 from moejax.config.model import ModelConfig
 from moejax.ops.linear_attention import CHUNK
 from moejax.parallel.plan import MeshPlan
@@ -55,6 +55,9 @@ def mixer_size(config: ModelConfig, mixer: Mixer, plan: MeshPlan) -> MixerSize:
     if isinstance(mixer, LightningConfig):
         dim = mixer.head_dim
         return MixerSize(heads, heads, dim, dim, 4 * heads * dim, 0, 0, 0, 1, is_linear=True)
+    if isinstance(mixer, T5AttentionConfig):
+        dim = mixer.head_dim
+        return MixerSize(heads, heads, dim, dim, 3 * heads * dim, 0, 0, 2 * heads * dim)
     if isinstance(mixer, LatentConfig):
         width, down = mixer.nope_dim + mixer.rope_dim, mixer.kv_rank + mixer.rope_dim
         whole = embed * (down + (mixer.q_rank or 0))
@@ -77,12 +80,14 @@ def score_products(mixer: Mixer, seq_len: int) -> tuple[float, float]:
     """Count the multiplications of a token beside the weights': of all heads, and of these what a backward repeats.
 
     Softmax attention counts the full T x T square (PaLM, arXiv 2204.02311, B) and repeats its scores; lightning
-    attention counts its chunks and states, and repeats all.
+    attention counts its chunks and states, and repeats all; T5's keeps its scores.
     """
     if isinstance(mixer, LightningConfig):
         chunk, dim = min(CHUNK, seq_len), mixer.head_dim
         products = mixer.num_heads * (2.0 * chunk * dim + 2.0 * dim * dim)
         return products, products
+    if isinstance(mixer, T5AttentionConfig):
+        return 2.0 * seq_len * mixer.num_heads * mixer.head_dim, 0.0
     if isinstance(mixer, AttentionConfig):
         return 2.0 * seq_len * mixer.num_heads * mixer.head_dim, 1.0 * seq_len * mixer.num_heads * mixer.head_dim
     width = mixer.nope_dim + mixer.rope_dim

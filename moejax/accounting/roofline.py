@@ -97,7 +97,7 @@ def recomputed_forwards(parts: ModelParts) -> float:
 def compute_time(parts: ModelParts, train: TrainConfig, chip: Chip, assume: Assumptions) -> tuple[float, float]:
     """Give a device's seconds of arithmetic, and the bubble's; a microbatch at least reads its weights."""
     plan, precision = parts.plan, parts.config.precision
-    cost, devices = model_cost(parts, train.seq_len), plan.mesh.size
+    cost, devices = model_cost(parts, train.seq_len, train.num_source()), plan.mesh.size
     tokens = train.global_batch * train.seq_len / devices
     flops = tokens * cost.forward_flops * (3 + recomputed_forwards(parts))
     seconds = flops / (chip.flops[precision.compute] * assume.matmul)
@@ -125,7 +125,7 @@ def step_time(
     update = 2 * (memory.params + memory.gradients + memory.optimizer) / chip.bandwidth
     nvlink, network = sum(near for _, near, _ in sent), sum(far for _, _, far in sent)
     time = StepTime(compute, exposed, update, bubble, nvlink, network)
-    model_flops = model_cost(parts, train.seq_len).train_flops * train.global_batch * train.seq_len
+    model_flops = model_cost(parts, train.seq_len, train.num_source()).train_flops * train.global_batch * train.seq_len
     peak = chip.flops[parts.config.precision.compute] * plan.mesh.size
     return StepTime(compute, exposed, update, bubble, nvlink, network, model_flops / peak / time.total)
 

@@ -1,6 +1,6 @@
 """What a model is: its sizes, its layers, its precisions. Knows no mesh and no jax."""
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -37,6 +37,10 @@ class ResidualConfig:
     """alpha and beta of the feed-forward"""
 
 
+START_TOKEN: Final = 0
+"""What a decoder behind an encoder begins with, in T5 its padding."""
+
+
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
 class EncoderConfig:
     """The encoder of an encoder-decoder; its layers are as wide as the decoder's."""
@@ -67,6 +71,28 @@ Family = Literal[
 ]
 DENSE = ("llama", "qwen3")
 """Families without experts."""
+
+
+@dataclass(frozen=True, config=FORBID_UNKNOWN)
+class MTPConfig:
+    """Multi-token prediction (arXiv 2412.19437, 2.2): blocks behind the last one, for training alone."""
+
+    depth: Count = 1
+    """how many tokens beyond the next one are predicted"""
+    weight: Positive = 0.3
+    """of the mean of the depths' losses in the training loss"""
+
+
+@dataclass(frozen=True, config=FORBID_UNKNOWN)
+class LoRAConfig:
+    """Low-rank updates (arXiv 2106.09685): they alone are trained, all other weights stay as they were loaded."""
+
+    rank: Count = 16
+    """columns of the small matrices"""
+    alpha: Positive = 32.0
+    """an update is multiplied by alpha / rank"""
+    targets: tuple[Literal["attention", "experts", "ffn"], ...] = ("attention", "experts")
+    """matrices that have one: every mixer's, every expert's, dense and shared feed-forwards'"""
 
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
@@ -111,6 +137,10 @@ class ModelConfig:
     """what logits are divided by"""
     norm_eps: Positive = 1e-5
     """epsilon of every RMSNorm (arXiv 1910.07467)"""
+    mtp: MTPConfig | None = None
+    """predict further tokens while training; none: the next one alone"""
+    lora: LoRAConfig | None = None
+    """train low-rank updates; none: all weights"""
     dropout: Rate = 0.0
     """dropout on each sublayer's output, before the residual sum"""
     init_scale: Positive = 1.0
@@ -137,7 +167,7 @@ class ModelConfig:
         if ("lightning" in self.mixers) != (self.lightning is not None):
             raise ValueError('mixers that name "lightning" need a [lightning] table, and the other way round')
         if len({self.name == "switch_transformers", self.encoder is not None, self.t5 is not None}) > 1:
-            raise ValueError(f'name = "{self.name}": "switch_transformers", and it alone, has [encoder] and [t5] tables')
+            raise ValueError(f'name = "{self.name}": "switch_transformers" alone has, and needs, [encoder] and [t5]')
         if self.moe is not None and self.moe.router.balance_over == "stack" and self.encoder is None:
             raise ValueError('balance_over = "stack" is of an encoder and a decoder: set it to "layer" or "model"')
         if not self.mixers:

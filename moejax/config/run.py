@@ -36,6 +36,10 @@ class DataConfig:
     prefetch: Count = 2
     """batches prepared ahead of the device"""
 
+    def __post_init__(self) -> None:
+        if self.objective == "span_corruption" and self.format == "chat":
+            raise ValueError('objective = "span_corruption" cuts up plain text: set format = "text"')
+
 
 @dataclass(frozen=True, config=FORBID_UNKNOWN)
 class OptimizerConfig:
@@ -91,6 +95,8 @@ class TrainConfig:
     """newest checkpoints kept, beside the best by validation loss"""
     max_bad_steps: Count = 10
     """non-finite steps in a row after which the run stops"""
+    init_from: str = ""
+    """a Hugging Face folder whose weights training starts from (--model FOLDER sets it); empty: drawn ones"""
     tensorboard: bool = False
     """also write TensorBoard event files (needs the tensorboard extra)"""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moejax.data.packing import Batch, PackedDataset
+from moejax.data.packing import Batch, Rows
 
 _NO_END = 2**62
 _THREADS = 2  # a batch is numpy work that holds the lock for most of its time: more threads only wait
@@ -21,7 +21,7 @@ class BatchSource:
     Raises ValueError where the rows do not divide into microbatches.
     """
 
-    def __init__(self, dataset: PackedDataset, global_batch: int, microbatches: int = 1):
+    def __init__(self, dataset: Rows, global_batch: int, microbatches: int = 1):
         if global_batch < 1 or microbatches < 1 or global_batch % microbatches:
             raise ValueError(
                 f"global_batch ({global_batch}) must divide by microbatches ({microbatches}), both at least 1"
@@ -71,7 +71,7 @@ class BatchSource:
         for step in range(min(num, -(-index.rows_per_epoch // self.global_batch))):
             batch = self.local(step, part)
             rows = step * self.global_batch + np.arange(self.global_batch).reshape(self.microbatches, -1, 1)[:, part]
-            inside = rows * index.seq_len + np.arange(index.seq_len) + 1 < index.num_tokens
+            inside = self.dataset.in_first_epoch(rows)
             yield batch | {name: batch[name] * inside.astype(batch[name].dtype) for name in ("weights", "bytes")}
 
 

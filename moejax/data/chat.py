@@ -76,6 +76,10 @@ class ChatFormat:
         _check_utf8(text)
         return text
 
+    def prompt(self, content: str) -> str:
+        """Render a user's message, marked, up to where the assistant is to answer."""
+        return self.template.render(self._guarded([{"role": "user", "content": content}]), True, {})
+
     def answers(self, text: str) -> str:
         """Take the answers' own text, which the loss counts, out of a marked text."""
         return self.words("".join(_ANSWER.findall(text)))

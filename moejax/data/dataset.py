@@ -20,6 +20,7 @@ from moejax.data.chat import ChatFormat, encode_chats
 from moejax.data.corpus import Documents, fingerprint_files, load_documents
 from moejax.data.packing import PackedDataset, TokenStore
 from moejax.data.sources import list_files
+from moejax.data.span_corruption import SpanDataset, SpanLengths
 from moejax.data.tokenizer import Tokenizer, build_tokenizer
 
 _FORMAT = "1"  # counts up when the meaning of a cache entry changes
@@ -43,8 +44,8 @@ class TextStats:
 class Data:
     """A corpus ready to train on."""
 
-    train: PackedDataset
-    val: PackedDataset
+    train: PackedDataset | SpanDataset
+    val: PackedDataset | SpanDataset
     tokenizer: Tokenizer
     fingerprint: str
     val_text_stats: TextStats
@@ -74,12 +75,20 @@ class _Prepared:
     stats: TextStats
 
 
-def prepare(config: DataConfig, vocab: int, seq_len: int, seed: int, cache_dir: Path | None = None) -> Data:
+def prepare(
+    config: DataConfig,
+    vocab: int,
+    seq_len: int,
+    seed: int,
+    cache_dir: Path | None = None,
+    source_len: int | None = None,
+) -> Data:
     """Read, tokenize and pack a corpus, or take its tokens from the cache.
 
     The cache is cache_dir, or $MOEJAX_CACHE, or ~/.cache/moejax; its key is the content of the corpus's files, so that
     an edited file is never mistaken for the old one. A damaged entry is built anew; a cache that cannot be written is
-    done without.
+    done without. Under span corruption rows have sources of `source_len` tokens, and the vocabulary's last ids are
+    left to sentinels.
 
     Raises:
         FileNotFoundError: nothing matches data.source, or data.tokenizer names no file.
@@ -87,14 +96,22 @@ def prepare(config: DataConfig, vocab: int, seq_len: int, seed: int, cache_dir: 
     """
     chat = ChatFormat.of(config) if config.format == "chat" else None
     fingerprint = fingerprint_files(config, list_files(config.source), chat)
-    entry = _cache_root(cache_dir) / _cache_key(config, vocab, fingerprint)
+    spans = SpanLengths.within(source_len or seq_len, seq_len) if config.objective == "span_corruption" else None
+    words = vocab if spans is None else vocab - spans.num_spans
+    entry = _cache_root(cache_dir) / _cache_key(config, words, fingerprint)
     prepared = _read_entry(entry)
     if prepared is None:
-        prepared = _build(load_documents(config, chat), config, vocab, chat)
+        prepared = _build(load_documents(config, chat), config, words, chat)
         _write_entry(entry, prepared)
+
+    def rows(store: TokenStore, seed: int) -> PackedDataset | SpanDataset:
+        if spans is None:
+            return PackedDataset(store, seq_len, seed)
+        return SpanDataset(store, spans, prepared.tokenizer.sentinels(vocab, spans.num_spans), seed)
+
     return Data(
-        train=PackedDataset(prepared.train, seq_len, seed),
-        val=PackedDataset(prepared.val, seq_len, _VAL_SEED),
+        train=rows(prepared.train, seed),
+        val=rows(prepared.val, _VAL_SEED),
         tokenizer=prepared.tokenizer,
         fingerprint=fingerprint,
         val_text_stats=prepared.stats,

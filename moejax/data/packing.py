@@ -9,6 +9,7 @@ no state is kept.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -124,6 +125,21 @@ class PackedIndex:
         return np.stack([order[first:last], np.maximum(start - begins, 0), ends - begins], axis=1)
 
 
+class Rows(Protocol):
+    """Rows of training data by number, without end."""
+
+    store: TokenStore
+    index: PackedIndex
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Build rows start to stop, each array [stop - start, T]."""
+        ...
+
+    def in_first_epoch(self, rows: Int64[np.ndarray, "*B 1"]) -> Bool[np.ndarray, "*B T"]:
+        """Say which targets of rows of these numbers are of the first epoch."""
+        ...
+
+
 class PackedDataset:
     """The rows themselves, by number and without end; row i depends on (store, seq_len, seed, i) alone.
 
@@ -167,6 +183,15 @@ class PackedDataset:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Build rows start to stop, each array [stop - start, T]."""
-        assert 0 <= start < stop, (start, stop)
-        rows = [self[row] for row in range(start, stop)]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return stack_rows(self, start, stop)
+
+    def in_first_epoch(self, rows: Int64[np.ndarray, "*B 1"]) -> Bool[np.ndarray, "*B T"]:
+        """Say which targets of rows of these numbers are of the first epoch."""
+        return rows * self.seq_len + np.arange(self.seq_len) + 1 < self.index.num_tokens
+
+
+def stack_rows(dataset: Any, start: int, stop: int) -> Batch:
+    """Build rows start to stop of a dataset that gives one row at a time."""
+    assert 0 <= start < stop, (start, stop)
+    rows = [dataset[row] for row in range(start, stop)]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

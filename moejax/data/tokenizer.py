@@ -67,6 +67,10 @@ class Tokenizer:
         """Encode a text, without begin or end."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode a text with what tokenizer.json itself puts around one: a begin, for most models."""
+        return self._backend.encode(text, add_special_tokens=True).ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode texts in parallel, each to int32 ids without begin or end."""
         _allow_threads()
@@ -110,6 +114,21 @@ class Tokenizer:
         """The special tokens' texts and ids, by id."""
         added = sorted(self._backend.get_added_tokens_decoder().items())
         return {token.content: i for i, token in added if token.special}
+
+    def sentinels(self, vocab: int, number: int) -> Int32[np.ndarray, " number"]:
+        """Give the ids that stand for cut-out spans: <extra_id_0> and on, or the vocabulary's last ids, descending.
+
+        Raises ValueError where the tokenizer uses those ids itself.
+        """
+        ids = [self._backend.token_to_id(f"<extra_id_{i}>") for i in range(number)]
+        if number and None not in ids:
+            return np.array(ids, np.int32)
+        if vocab - number < self.vocab_size:
+            raise ValueError(
+                f"{self._name} has {self.vocab_size} ids, and {number} spans a row need as many behind them: set "
+                f"model.vocab ({vocab}) to {self.vocab_size + number} at least, or source_len lower"
+            )
+        return np.arange(vocab - 1, vocab - 1 - number, -1, dtype=np.int32)
 
     @cached_property
     def vocab_size(self) -> int:

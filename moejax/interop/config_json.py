@@ -24,9 +24,9 @@ class ConfigJson:
         self.path, self.values = path, values
 
     @classmethod
-    def read(cls, folder: Path) -> "ConfigJson":
+    def read(cls, folder: Path, name: str = "config.json") -> "ConfigJson":
         """Read FOLDER/config.json; raise ValueError if there is none, or it is no JSON object."""
-        path = Path(folder).expanduser() / "config.json"
+        path = Path(folder).expanduser() / name
         if not path.is_file():
             raise ValueError(f"{path}: no such file: a Hugging Face folder holds config.json beside its safetensors")
         try:

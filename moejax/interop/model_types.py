@@ -25,6 +25,7 @@ from moejax.interop.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    switch_transformers,
 )
 
 FAMILIES: dict[str, ModuleType] = {
@@ -43,6 +44,7 @@ FAMILIES: dict[str, ModuleType] = {
         qwen2_moe,
         qwen3,
         qwen3_moe,
+        switch_transformers,
     )
 }
 """ModelConfig.name -> the file that knows its Hugging Face form."""
@@ -100,7 +102,18 @@ KEPT = (
 )
 """Keys that are no business of the weights."""
 
-IRRELEVANT = ("implementation", "dispatch", "dropout", "remat", "unroll", "init_scale", "capacity_factor", "precision")
+IRRELEVANT = (
+    "lora",
+    "mtp",
+    "implementation",
+    "dispatch",
+    "dropout",
+    "remat",
+    "unroll",
+    "init_scale",
+    "capacity_factor",
+    "precision",
+)
 """Fields that say how a model is run or trained, not what it computes."""
 
 
@@ -110,8 +123,8 @@ def _lost(ours: ModelConfig, again: ModelConfig) -> Sequence[str]:
     for name, (a, b) in _differences(ours, again).items():
         parts = name.split(".")
         training = parts[:2] == ["moe", "router"] and parts[-1] in TRAINING
-        unused = parts[0] == "attention" and ours.latent is not None
-        unused |= parts[0] == "ffn" and ours.moe is not None
+        unused = parts[0] == "attention" and (ours.latent is not None or ours.t5 is not None)
+        unused |= parts[0] == "ffn" and ours.moe is not None and ours.encoder is None
         unused |= parts[0] == "mixers" and _spread(ours) == _spread(again)
         if parts[0] not in ("precision",) and parts[-1] not in IRRELEVANT and not training and not unused:
             found.append(f"{name} = {a!r} (it would be {b!r})")

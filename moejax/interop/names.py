@@ -22,6 +22,11 @@ def model(config: ModelConfig) -> Table:
     return table if config.tie_embeddings else table | {"head.weight": Stored("lm_head.weight", MATRIX)}
 
 
+def prefix(config: ModelConfig, number: int) -> str:
+    """Give what stands before the names of a layer's weights."""
+    return f"model.layers.{number}."
+
+
 def norms() -> Table:
     """Name the norms before both sublayers."""
     return {

@@ -19,9 +19,10 @@ from moejax.interop import weights
 from moejax.interop.config_json import ConfigJson, Json
 from moejax.interop.model_types import read_config, write_config
 from moejax.interop.writer import write_weights
-from moejax.layers.context import Context
+from moejax.layers.context import Context, Source
 from moejax.models import FAMILIES, ModelParts
 from moejax.models.decoder import periods
+from moejax.models.lora import merge_updates
 from moejax.parallel.plan import MeshPlan
 
 Tree = Any
@@ -58,39 +59,60 @@ class Pretrained:
         return self.parts.config
 
     def __call__(
-        self, input_ids_BT: ArrayLike, attention_mask_BT: ArrayLike | None = None, router_logits: bool = False
+        self,
+        input_ids_BT: ArrayLike,
+        attention_mask_BT: ArrayLike | None = None,
+        router_logits: bool = False,
+        decoder_input_ids_BT: ArrayLike | None = None,
     ) -> Any:
         """Give logits [B, T, V]; with `router_logits` also those of each sparse layer, a list of [B, T, E].
 
         Where the mask is 0 nothing is attended to or routed; positions count what it leaves. B and T may be any: they
-        are filled up to what the mesh divides. Raises ValueError on a mesh with pipeline stages, or for ids beyond the
-        vocabulary.
+        are filled up to what the mesh divides. An encoder-decoder reads input_ids, and gives the logits of
+        decoder_input_ids. Raises ValueError on a mesh with pipeline stages, or for ids beyond the vocabulary.
         """
-        ids_BT = np.asarray(input_ids_BT, np.int32)
-        if ids_BT.ndim != 2 or ids_BT.size == 0:
-            raise ValueError(f"input_ids has shape {ids_BT.shape}, expected [batch, length], both at least 1")
-        if ids_BT.min() < 0 or ids_BT.max() >= self.config.vocab:
-            raise ValueError(f"input_ids holds {ids_BT.min()} to {ids_BT.max()}, expected 0 to {self.config.vocab - 1}")
         plan = self.parts.plan
         if plan.size("pipeline") > 1:
             raise ValueError(
                 f"model(ids) has no stages, and pipeline is {plan.size('pipeline')}: load with pipeline = 1"
             )
-        mask_BT = np.ones_like(ids_BT) if attention_mask_BT is None else np.asarray(attention_mask_BT, np.int32)
+        if (decoder_input_ids_BT is None) != (self.config.encoder is None):
+            raise ValueError(
+                f"{self.config.name} {'takes no' if self.config.encoder is None else 'needs'} decoder_input_ids: "
+                "encoder-decoders alone have them"
+            )
+        *inputs, back = self._laid_out("input_ids", input_ids_BT, attention_mask_BT)
+        rows, ways = len(np.asarray(input_ids_BT)), {"encoder": back, "decoder_only": back}
+        if decoder_input_ids_BT is not None:
+            source = inputs[:2]
+            *inputs, back = self._laid_out("decoder_input_ids", decoder_input_ids_BT, None)
+            inputs, ways = [*inputs, *source], ways | {"decoder": back}
+        logits, seen = self._forward(router_logits)(self.params, self.buffers, *inputs)
+        logits = logits[:rows, back]
+        if not router_logits:
+            return logits
+        sparse = [layer for layer in FAMILIES[self.config.name].layers(self.config) if layer.ffn == "sparse"]
+        return logits, [x[:rows, ways[layer.part]] for x, layer in zip(seen, sparse, strict=True)]
+
+    def _laid_out(self, name: str, ids: ArrayLike, mask: ArrayLike | None) -> tuple[np.ndarray, ...]:
+        """Check ids and fill them up; give ids, segments and positions in the mesh's order, and the way back."""
+        plan, ids_BT = self.parts.plan, np.asarray(ids, np.int32)
+        if ids_BT.ndim != 2 or ids_BT.size == 0:
+            raise ValueError(f"{name} has shape {ids_BT.shape}, expected [batch, length], both at least 1")
+        if ids_BT.min() < 0 or ids_BT.max() >= self.config.vocab:
+            raise ValueError(f"{name} holds {ids_BT.min()} to {ids_BT.max()}, expected 0 to {self.config.vocab - 1}")
+        mask_BT = np.ones_like(ids_BT) if mask is None else np.asarray(mask, np.int32)
         if mask_BT.shape != ids_BT.shape:
-            raise ValueError(f"attention_mask has shape {mask_BT.shape}, expected that of input_ids, {ids_BT.shape}")
+            raise ValueError(f"attention_mask has shape {mask_BT.shape}, expected that of {name}, {ids_BT.shape}")
         rows, length = ids_BT.shape
         parts = plan.size("sequence") * (2 if plan.config.context == "ring" else 1)
         divides = parts * plan.size("tensor") if plan.config.sequence_parallel else parts
         fill = ((0, -rows % plan.degree("batch")), (0, -length % divides))
         ids_BT, mask_BT = np.pad(ids_BT, fill), np.pad(mask_BT, fill)
         order = plan.sequence_order(ids_BT.shape[1])
-        back = np.argsort(order)[:length]
         positions_BT = np.maximum(np.cumsum(mask_BT, axis=1) - 1, 0)
         inputs = (x[:, order].astype(np.int32) for x in (ids_BT, mask_BT, positions_BT))
-        logits, seen = self._forward(router_logits)(self.params, self.buffers, *inputs)
-        logits = logits[:rows, back]
-        return (logits, [x[:rows, back] for x in seen]) if router_logits else logits
+        return (*inputs, np.argsort(order)[:length])
 
     def _forward(self, router_logits: bool) -> Any:
         return self._forwards.setdefault(router_logits, jax.jit(self._program(router_logits)))
@@ -103,16 +125,17 @@ class Pretrained:
         parts, plan = self.parts, self.parts.plan
 
         def run(
-            params: Tree, buffers: Tree, ids: Array, segments: Array, positions: Array
+            params: Tree, buffers: Tree, ids: Array, segments: Array, positions: Array, *source: Array
         ) -> tuple[Array, list[Array]]:
             model = parts.merge(params, buffers)
-            context = dataclasses.replace(Context.of(plan, segments, positions), keep_logits=router_logits)
+            context = Context.of(plan, segments, positions, source=Source(*source) if source else None)
+            context = dataclasses.replace(context, keep_logits=router_logits)
             output = model(ids, context)
             stats = [layer.logits_BTE for stack in output.stats for layer in stack] if router_logits else []
             return model.logits(output), [plan.agree(x, "batch", "seq") for x in stats if x is not None]
 
         tokens = plan.spec("batch", "seq")
-        ins = (parts.weight_specs(), parts.buffer_specs(), tokens, tokens, tokens)
+        ins = (parts.weight_specs(), parts.buffer_specs(), *[tokens] * (3 if parts.config.encoder is None else 5))
         # Stacked layers' logits have a dim of repeats in front.
         outs = (plan.spec("batch", "seq", "vocab"), plan.spec(None, "batch", "seq", None))
         program = plan.spmd(run, ins, outs)
@@ -173,7 +196,10 @@ def save_pretrained(model: Pretrained, path: str | Path, max_shard_bytes: int = 
     """
     folder = Path(path).expanduser()
     written = write_config(model.config, model.source)
-    tensors = weights.tensors(model.parts, model.params, model.buffers, model.buffer_dtypes)
+    parts, params, buffers = model.parts, model.params, model.buffers
+    if model.config.lora is not None:
+        parts, params, buffers = merge_updates(parts, params, buffers)
+    tensors = weights.tensors(parts, params, buffers, model.buffer_dtypes)
     write_weights(folder, tensors, max_shard_bytes)
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in _companions(model.folder):

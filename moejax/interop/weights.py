@@ -22,7 +22,7 @@ from moejax.interop.layout import Stored
 from moejax.interop.model_types import family_of
 from moejax.models import FAMILIES, ModelParts
 from moejax.models.decoder import periods
-from moejax.models.parts import STACKS
+from moejax.models.parts import MTP, STACKS, path_name
 
 Tree = Any
 
@@ -55,7 +55,7 @@ class Leaf:
         return out
 
     def numbers(self, value: Array, dtype: Any = None) -> Iterator[tuple[Stored, "LayerOf"]]:
-        """Give each layer's numbers of a whole array, fetched when they are written; in another dtype if one is given."""
+        """Give each layer's numbers of a whole array, fetched when they are written, in `dtype` if one is given."""
         value = value if dtype is None else value.astype(dtype)
         for at, stored in enumerate(self.layers):
             yield stored, LayerOf(value, at if self.stacked else None)
@@ -89,31 +89,35 @@ class LayerOf:
 
 
 def leaves_of(parts: ModelParts) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """Say of every weight and every buffer, by its path, where it lies in files."""
+    """Say of every weight and every buffer, by its path, where it lies in files.
+
+    Low-rank updates and what predicts further tokens lie in none.
+    """
     family, config = family_of(parts.config), parts.config
     layers = FAMILIES[config.name].layers(config)
     runs, order = periods(layers), parts.stage_order()
     firsts = np.cumsum([0, *(len(period) * repeats for period, repeats in runs)])
-    outside = names.model(config)
+    outside = family.model(config) if hasattr(family, "model") else names.model(config)
+    prefix = family.prefix if hasattr(family, "prefix") else names.prefix
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> Leaf:
         keys = [str(key.key) for key in path]
         name = ".".join(keys)
         if keys[0] != STACKS:
             return Leaf(name, shape.shape, shape.dtype, (outside[name],), False)
-        run, offset, inner = int(keys[1]), int(keys[3]), ".".join(keys[4:])
+        run, offset, inner = int(keys[1]), int(keys[3]), ".".join(keys[4:]).removesuffix(".base")
         period, repeats = runs[run]
         stored = family.layer(config, period[offset])[inner]
         numbers = [int(firsts[run]) + repeat * len(period) + offset for repeat in range(repeats)]
         numbers = numbers if order is None else [numbers[repeat] for repeat in order]
-        placed = tuple(Stored(f"model.layers.{number}.{stored.name}", stored.dims, stored.pick) for number in numbers)
+        placed = tuple(Stored(prefix(config, number) + stored.name, stored.dims, stored.pick) for number in numbers)
         return Leaf(name, shape.shape, shape.dtype, placed, True)
 
     def flat(tree: Tree) -> dict[str, Leaf]:
-        found = [leaf(path, shape) for path, shape in jax.tree_util.tree_leaves_with_path(tree)]
-        return {each.path: each for each in found}
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        return {path_name(path): leaf(path, shape) for path, shape in found if str(path[0].key) != MTP}
 
-    return flat(parts.shapes), flat(parts.buffer_shapes)
+    return {} if config.lora else flat(parts.shapes), flat(parts.buffer_shapes)
 
 
 class Loaded(NamedTuple):
@@ -127,13 +131,15 @@ class Loaded(NamedTuple):
     """by path: buffers are held in the router's precision, and written as they were"""
 
 
-def load(parts: ModelParts, folder: Path) -> Loaded:
-    """Give weights and buffers, each device's part read for itself.
+def load(parts: ModelParts, folder: Path, seed: int = 0) -> Loaded:
+    """Give weights and buffers, each device's part read for itself; low-rank updates, which no file has, are drawn.
 
     Raises ValueError naming file and tensor where one is missing, of another shape, or of no use to this model.
     """
     files = WeightFiles.open(folder, quantized_dtype=parts.config.precision.params)
     params, buffers = leaves_of(parts)
+    paths = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(parts.shapes)}
+    drawn = parts.init_some(seed, paths - set(params)) if paths - set(params) else {}
     left_out = _left_out(parts, files, [*params.values(), *buffers.values()], folder)
     for each in (*params.values(), *buffers.values()):
         for stored in each.layers:
@@ -145,19 +151,19 @@ def load(parts: ModelParts, folder: Path) -> Loaded:
 
         def place(leaf: Leaf, spec: Any) -> Array:
             sharding = parts.plan.place(spec)
-            array = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf.read(files, index))
+            array = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf.read(files, index or ()))
             bar.update(array.nbytes)
             return array
 
         def fill(leaves: Mapping[str, Leaf], specs: Tree) -> Tree:
-            return jax.tree_util.tree_map_with_path(lambda path, spec: place(leaves[_name(path)], spec), specs)
+            def one(path: Any, spec: Any) -> Array:
+                name = path_name(path)
+                return drawn[name] if name in drawn else place(leaves[name], spec)
+
+            return jax.tree_util.tree_map_with_path(one, specs)
 
         dtypes = {path: leaf.dtype_in(files) for path, leaf in buffers.items()}
         return Loaded(fill(params, parts.weight_specs()), fill(buffers, parts.buffer_specs()), left_out, dtypes)
-
-
-def _name(path: Any) -> str:
-    return ".".join(str(key.key) for key in path)
 
 
 def _left_out(parts: ModelParts, files: WeightFiles, leaves: list[Leaf], folder: Path) -> list[str]:
@@ -171,6 +177,10 @@ def _left_out(parts: ModelParts, files: WeightFiles, leaves: list[Leaf], folder:
     family = family_of(parts.config)
     ignored = family.ignored(parts.config) if hasattr(family, "ignored") else []
     patterns = [re.compile(pattern) for pattern in (*ignored, *ALWAYS_IGNORED)]
+    for copy, original in _copies(parts).items():
+        if copy in files.tensors:
+            _check_copy(files, copy, original)
+            used.add(copy)
     rest = sorted(set(files.tensors) - used)
     for name in rest:
         if not any(pattern.search(name) for pattern in patterns):
@@ -181,6 +191,24 @@ def _left_out(parts: ModelParts, files: WeightFiles, leaves: list[Leaf], folder:
     return rest
 
 
+def _copies(parts: ModelParts) -> dict[str, str]:
+    """Name the tensors that repeat another one."""
+    family = family_of(parts.config)
+    return family.copies(parts.config) if hasattr(family, "copies") else {}
+
+
+def _check_copy(files: WeightFiles, copy: str, original: str) -> None:
+    """Raise ValueError where a tensor does not repeat the one that it should."""
+    shape = files.require(original).shape
+    whole = (slice(None),) * len(shape)
+    files.require(copy, shape)
+    if not np.array_equal(files.read(copy, whole), files.read(original, whole)):
+        raise ValueError(
+            f"{files.tensors[copy].file}: {copy} differs from {original}: this model has one table for both, and was "
+            "trained with several"
+        )
+
+
 def tensors(
     parts: ModelParts, params: Tree, buffers: Tree, buffer_dtypes: Mapping[str, Any] | None = None
 ) -> Iterator[layout.NewTensor]:
@@ -188,5 +216,9 @@ def tensors(
     found, dtypes = [], buffer_dtypes or {}
     for leaves, tree in zip(leaves_of(parts), (params, buffers), strict=True):
         for path, value in jax.tree_util.tree_leaves_with_path(tree):
-            found += leaves[_name(path)].numbers(value, dtypes.get(_name(path)))
-    return layout.file_tensors(found)
+            if (name := path_name(path)) in leaves:
+                found += leaves[name].numbers(value, dtypes.get(name))
+    copies = {} if parts.config.tie_embeddings else _copies(parts)
+    for tensor in layout.file_tensors(found):
+        yield tensor
+        yield from ((copy, *tensor[1:]) for copy, original in copies.items() if original == tensor[0])

@@ -76,4 +76,13 @@ class LinearCache:
         return cls(vary(jnp.zeros((batch, heads, dim, dim), dtype), axes))
 
 
-Cache = KVCache | LinearCache
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SourceCache:
+    """What a layer remembers that looks into a source as well: the source's keys and values never change."""
+
+    own: KVCache
+    source: KVCache
+
+
+Cache = KVCache | LinearCache | SourceCache

@@ -12,6 +12,24 @@ from moejax.parallel.plan import MeshPlan
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Source:
+    """What an encoder is given; each of its segments is read by the decoder's segment of that number."""
+
+    ids_BS: Int[Array, "B S"]
+    segments_BS: Int[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Memory:
+    """What an encoder makes of its source, whole on every tensor rank."""
+
+    x_BSD: Float[Array, "B S D"]
+    segments_BS: Int[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Context:
     """The step's arrays, handed down as an argument; local parts, the same on every tensor rank.
 
@@ -29,6 +47,14 @@ class Context:
     layer: Int[Array, ""] | int = 0
     keep_logits: bool = field(default=False, metadata={"static": True})
     """let routers hand out their logits"""
+    one_by_one: bool = field(default=False, metadata={"static": True})
+    """route as cached decoding does, token by token: a fixed number of slots never fills"""
+    source: Source | None = None
+    """of an encoder-decoder"""
+    memory: Memory | None = None
+    """and what its decoder's layers look into"""
+    bias_NTS: Float[Array, "N T S"] | None = None
+    """what a stack's layers add to their scores"""
 
     @classmethod
     def of(
@@ -38,13 +64,14 @@ class Context:
         positions_BT: Int[Array, "B T"] | None = None,
         rows_B: UInt32[Array, " B"] | None = None,
         key: UInt32[Array, "2"] | None = None,
+        source: Source | None = None,
     ) -> "Context":
         """Make the context of this device's part of whole sequences."""
         batch, local = segments_BT.shape
         index_BT = jnp.broadcast_to(plan.sequence_index(local), (batch, local))
         rows_B = jnp.arange(batch, dtype=jnp.uint32) if rows_B is None else rows_B
         positions_BT = index_BT if positions_BT is None else positions_BT
-        return cls(positions_BT, index_BT, segments_BT, rows_B, local * plan.degree("seq"), key)
+        return cls(positions_BT, index_BT, segments_BT, rows_B, local * plan.degree("seq"), key, source=source)
 
     @property
     def training(self) -> bool:
@@ -65,7 +92,7 @@ class Context:
         return self.rows_B[:, None] * jnp.uint32(self.length) + self.index_BT.astype(jnp.uint32)
 
 
-PURPOSE_ATTENTION, PURPOSE_MIXER, PURPOSE_FFN, PURPOSE_ROUTER, PURPOSE_EXPERT = range(5)
+PURPOSE_ATTENTION, PURPOSE_MIXER, PURPOSE_FFN, PURPOSE_ROUTER, PURPOSE_EXPERT, PURPOSE_CROSS = range(6)
 """Uses of randomness in a layer; each has its own key."""
 
 

@@ -1,8 +1,11 @@
 """How is a weight made, and how is it read?"""
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from moejax.parallel.plan import MeshPlan
@@ -31,6 +34,16 @@ def make_param(
     return nnx.Param(value, placement=place(plan, axes, shape, is_vector=fan_in is None))
 
 
-def read(param: nnx.Param, dtype: str) -> Array:
+class Readable(Protocol):
+    """What stands in a weight's place and gives its value itself: a weight with a low-rank update."""
+
+    def read(self, dtype: DTypeLike) -> Array:
+        """Give the value for the computation."""
+        ...
+
+
+def read(weight: nnx.Param | Readable, dtype: DTypeLike) -> Array:
     """Give a weight's value for the computation: cast, then (ZeRO-3) gathered, so that the narrow type travels."""
-    return whole_weight(param[...].astype(dtype), param.placement)
+    if not isinstance(weight, nnx.Variable):
+        return weight.read(dtype)
+    return whole_weight(weight[...].astype(dtype), weight.placement)

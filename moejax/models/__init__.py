@@ -3,6 +3,7 @@
 
 from moejax.models.build import FAMILIES, build
 from moejax.models.decoder import Decoder
+from moejax.models.encoder_decoder import EncoderDecoder
 from moejax.models.parts import ModelParts
 
-__all__ = ["FAMILIES", "Decoder", "ModelParts", "build"]
+__all__ = ["FAMILIES", "Decoder", "EncoderDecoder", "ModelParts", "build"]

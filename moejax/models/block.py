@@ -5,15 +5,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from moejax.config.attention import AttentionConfig, LatentConfig
-from moejax.config.model import ModelConfig
+from moejax.config.attention import AttentionConfig, LatentConfig, T5AttentionConfig
+from moejax.config.model import LoRAConfig, ModelConfig
 from moejax.layers.attention import Attention
-from moejax.layers.cache import Cache
-from moejax.layers.context import PURPOSE_FFN, PURPOSE_MIXER, Context, residual_dropout
+from moejax.layers.cache import Cache, KVCache, SourceCache
+from moejax.layers.context import PURPOSE_CROSS, PURPOSE_FFN, PURPOSE_MIXER, Context, residual_dropout
 from moejax.layers.ffn import FeedForward
 from moejax.layers.latent_attention import LatentAttention
 from moejax.layers.lightning import LightningAttention
+from moejax.layers.lora import adapt
 from moejax.layers.norm import RMSNorm
+from moejax.layers.t5_attention import T5Attention
 from moejax.models.layer import Layer
 from moejax.moe.experts import Apart
 from moejax.moe.layer import MoELayer
@@ -24,7 +26,7 @@ from moejax.parallel.plan import MeshPlan
 class Block(nnx.Module):
     """Transformer block: x = alpha x + beta mixer(norm(x)), then the same with the feed-forward.
 
-    Pre-norm carries x on, post-norm what the norm gave.
+    Pre-norm carries x on, post-norm what the norm gave. Between both a decoder behind an encoder looks into the source.
     """
 
     def __init__(self, config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs, layer: Layer) -> None:
@@ -35,15 +37,34 @@ class Block(nnx.Module):
             self.mixer = Attention(plan, rngs, dim, mixer, precision, config.norm_eps, scale)
         elif isinstance(mixer, LatentConfig):
             self.mixer = LatentAttention(plan, rngs, dim, mixer, precision, scale)
+        elif isinstance(mixer, T5AttentionConfig):
+            self.mixer = T5Attention(plan, rngs, dim, mixer, precision, layer.part != "encoder", scale)
         else:
             self.mixer = LightningAttention(plan, rngs, dim, mixer, precision, config.num_layers, scale)
+        if layer.part == "decoder":
+            assert isinstance(mixer, T5AttentionConfig), "no other mixer looks into a source"
+            self.cross = T5Attention(plan, rngs, dim, mixer, precision, False, scale)
+            self.cross_norm = RMSNorm(plan, rngs, dim, config.norm_eps, precision)
+        else:
+            self.cross, self.cross_norm = None, None
         self.ffn_norm = RMSNorm(plan, rngs, dim, config.norm_eps, precision)
         if layer.ffn == "dense":
-            self.ffn = FeedForward(plan, rngs, dim, config.ffn, precision, scale, config.ffn_bias)
+            gated = config.ffn_activation == "swiglu"
+            self.ffn = FeedForward(plan, rngs, dim, config.ffn, precision, scale, config.ffn_bias, gated)
         else:
             assert config.moe is not None
             self.ffn = MoELayer(plan, rngs, dim, config.moe, precision, scale)
+        if config.lora is not None:
+            self._adapt(config.lora, plan, rngs, precision.accumulate)
         self.plan, self.rate, self.layer = plan, config.dropout, layer
+
+    def _adapt(self, lora: LoRAConfig, plan: MeshPlan, rngs: nnx.Rngs, dtype: str) -> None:
+        """Give the targets their low-rank updates."""
+        sparse = self.ffn if isinstance(self.ffn, MoELayer) else None
+        experts, dense = (None, self.ffn) if sparse is None else (sparse.experts, sparse.shared)
+        targets = {"attention": [self.mixer, self.cross], "experts": [experts], "ffn": [dense]}
+        for module in (module for name in lora.targets for module in targets[name] if module is not None):
+            adapt(module, plan, rngs, lora, dtype)
 
     def __call__(
         self, x_BtD: Float[Array, "B t D"], context: Context, cache: Cache | None = None, apart: Apart | None = None
@@ -64,13 +85,24 @@ class Block(nnx.Module):
     def mix(
         self, x_BtD: Float[Array, "B t D"], context: Context, cache: Cache | None
     ) -> tuple[Float[Array, "B t D"], Cache | None]:
-        """Run the first sublayer alone."""
+        """Run what stands before the feed-forward."""
+        source = None
+        if isinstance(cache, SourceCache):
+            cache, source = cache.own, cache.source
         with jax.named_scope("mixer"):
             h_BtD = self.mixer_norm(x_BtD)
             y_BtD, cache = self.mixer(h_BtD, context, cache)  # type: ignore[arg-type] (each mixer made its own)
             y_BtD = residual_dropout(self.plan, context, checkpoint_name(y_BtD, "mixer_out"), self.rate, PURPOSE_MIXER)
             x_BtD = self._join(x_BtD, h_BtD, y_BtD, self.layer.join_mixer)
-        return x_BtD, cache
+        if self.cross is None or self.cross_norm is None:
+            return x_BtD, cache
+        with jax.named_scope("cross"):
+            y_BtD = checkpoint_name(self.cross.look(self.cross_norm(x_BtD), context, source), "cross_out")
+            x_BtD = x_BtD + residual_dropout(self.plan, context, y_BtD, self.rate, PURPOSE_CROSS)
+        if source is None:
+            return x_BtD, None
+        assert isinstance(cache, KVCache)
+        return x_BtD, SourceCache(cache, source)
 
     def uncombined(
         self, x_BtD: Float[Array, "B t D"], context: Context, cache: Cache | None = None

@@ -19,8 +19,10 @@ from moejax.models import (
     qwen3_moe,
     soft_mixture,
     switch,
+    switch_transformers,
 )
 from moejax.models.decoder import Decoder
+from moejax.models.encoder_decoder import EncoderDecoder
 from moejax.parallel.plan import MeshPlan
 from moejax.parallel.rules import check_model
 
@@ -40,6 +42,7 @@ FAMILIES = {
     "gpt_oss": gpt_oss,
     "glm4_moe": glm4_moe,
     "granite_moe": granite_moe,
+    "switch_transformers": switch_transformers,
 }
 """Name -> the module whose `layers(config)` lists the layers."""
 
@@ -47,4 +50,5 @@ FAMILIES = {
 def build(config: ModelConfig, plan: MeshPlan, rngs: nnx.Rngs) -> Decoder:
     """Make a model on a mesh; raise ValueError, naming both numbers, where a size does not divide."""
     check_model(plan.rules, plan.config, config)
-    return Decoder(config, plan, rngs, FAMILIES[config.name].layers(config))
+    kind = Decoder if config.encoder is None else EncoderDecoder
+    return kind(config, plan, rngs, FAMILIES[config.name].layers(config))

@@ -1,6 +1,6 @@
 """A decoder-only language model: embedding, a list of layers run as scanned stacks, norm, head."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,6 +17,7 @@ from moejax.layers.embedding import Embedding, Head
 from moejax.layers.norm import RMSNorm
 from moejax.models.block import Block
 from moejax.models.layer import Layer
+from moejax.models.mtp import FurtherToken
 from moejax.models.remat import rematerialize
 from moejax.moe.experts import Apart
 from moejax.moe.layer import MoELayer
@@ -37,6 +38,8 @@ class Output(NamedTuple):
     hidden: Float[Array, "*E B T D"]
     log_gate_EBT: Float[Array, "E B T"] | None
     stats: list[list[RouterStats]]
+    stream: Float[Array, "B t D"] | None = None
+    """the last layer's output, for the prediction of further tokens"""
 
 
 def periods(kinds: Sequence[T]) -> list[tuple[tuple[T, ...], int]]:
@@ -128,6 +131,8 @@ class Decoder(nnx.Module):
             self.stacks.append(Stack(config, plan, rngs, period, repeats, first))
             first += len(period) * repeats
         self.mixture = Block(config, plan, rngs, layers[-1]) if self.competitive else None
+        depth = 0 if config.mtp is None else config.mtp.depth
+        self.mtp = nnx.List([FurtherToken(config, plan, rngs, layers[-1]) for _ in range(depth)])
         self.norm = RMSNorm(plan, rngs, config.embed, config.norm_eps, precision)
         self.head = Head(
             plan,
@@ -149,7 +154,7 @@ class Decoder(nnx.Module):
             x_BtD, seen = stack(x_BtD, context)
             stats.append(seen)
         if self.mixture is None:
-            return Output(self.finish(x_BtD), None, stats)
+            return Output(self.finish(x_BtD), None, stats, x_BtD if self.mtp else None)
         x_EBtD, log_gate_EBT, seen, _ = self.mixture.uncombined(x_BtD, context.at_layer(self.config.num_layers - 1))
         return Output(self.finish(x_EBtD), log_gate_EBT, [*stats, [jax.tree.map(lambda a: a[None], seen)]])
 
@@ -168,6 +173,17 @@ class Decoder(nnx.Module):
         before = (chunk * plan.size("pipeline") + plan.index("layers")) * here
         x_BtD, stats = stack(x_BtD, context, before)
         return x_BtD, [stats]
+
+    def further(
+        self, output: Output, tokens_DBT: Sequence[Int[Array, "B T"]], context: Context
+    ) -> Iterator[tuple[Output, RouterStats | None]]:
+        """Give, depth by depth, what predicts the token after `tokens_DBT[depth]`, each one place further on."""
+        x_BtD = output.stream
+        assert x_BtD is not None and context.training, "further tokens are predicted in training"
+        for depth, (module, tokens_BT) in enumerate(zip(self.mtp, tokens_DBT, strict=True)):
+            at = context.at_layer(self.config.num_layers + depth)
+            x_BtD, hidden_BTD, stats = module(x_BtD, self._embed(tokens_BT), at)
+            yield Output(hidden_BTD, None, []), stats
 
     def finish(self, x: Float[Array, "*E B t D"]) -> Float[Array, "*E B T D"]:
         """Normalise what the last layer gives, whole on every tensor rank."""

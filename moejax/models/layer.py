@@ -20,6 +20,17 @@ class Layer:
     join_ffn: tuple[float, float] = (1.0, 1.0)
     carries_norm: bool = False
     """x is what the norm gave, for both sublayers (post-norm)"""
+    part: Literal["decoder_only", "encoder", "decoder"] = "decoder_only"
+    """an encoder's layer sees all its tokens, a decoder's looks into the encoder's as well"""
+
+    @property
+    def sublayers(self) -> int:
+        """How many times it joins the stream."""
+        return 3 if self.part == "decoder" else 2
+
+    def length(self, seq_len: int, source_len: int) -> int:
+        """Give the tokens of a sequence that it sees: the source's, or those beside it."""
+        return source_len if self.part == "encoder" else seq_len
 
     def __str__(self) -> str:
         return f"{type(self.mixer).__name__.removesuffix('Config').lower()} {self.ffn}"

@@ -1,6 +1,7 @@
 """A model taken apart: its structure, apart from its weights, and where on the mesh each weight lies."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from moejax.config.model import ModelConfig
+from moejax.layers.lora import Adapter
 from moejax.models.build import FAMILIES, build
 from moejax.models.decoder import Decoder, periods
 from moejax.parallel.plan import MeshPlan
@@ -21,6 +22,27 @@ from moejax.parallel.zero import Placement, place, place_outside_stages
 Tree = Any
 STACKS = "stacks"
 """The key under which `Decoder` holds its stacked layers."""
+MTP = "mtp"
+"""The key under which it holds what predicts further tokens."""
+WHOLE = Placement((None,), None, (), 0)
+"""The place of a vector that is no weight."""
+
+
+def path_name(path: Any) -> str:
+    """Write a leaf's path with dots."""
+    return ".".join(str(key.key) for key in path)
+
+
+def trained(config: ModelConfig) -> type[nnx.Variable]:
+    """Say which variables are trained."""
+    return nnx.Param if config.lora is None else Adapter
+
+
+def _placements(state: nnx.State) -> Tree:
+    def place_of(variable: nnx.Variable) -> Placement:
+        return getattr(variable, "placement", WHOLE)
+
+    return jax.tree.map(place_of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 @dataclass(frozen=True)
@@ -33,26 +55,31 @@ class ModelParts:
     shapes: Tree
     placements: Tree
     buffer_shapes: Tree
+    buffer_placements: Tree
+    """of what is not trained: routers' balancing biases, and with low-rank updates all other weights"""
 
     @classmethod
     def of(cls, config: ModelConfig, plan: MeshPlan) -> "ModelParts":
         """Take a model apart without making an array."""
         model = nnx.eval_shape(lambda: build(config, plan, nnx.Rngs(0)))
-        graph, params, buffers = nnx.split(model, nnx.Param, ...)
-        placements = jax.tree.map(lambda p: p.placement, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        shapes, places, buffer_shapes = map(_plain, (params, placements, buffers))
-        return cls(config, plan, graph, shapes, places, buffer_shapes).on(plan)
+        graph, params, buffers = nnx.split(model, trained(config), ...)
+        trees = (params, _placements(params), buffers, _placements(buffers))
+        return cls(config, plan, graph, *map(_plain, trees)).on(plan)
 
     def on(self, plan: MeshPlan) -> "ModelParts":
         """Lay the weights out on another mesh without building the model again: to count, not to run."""
 
         def place_again(path: Any, old: Placement, shape: jax.ShapeDtypeStruct) -> Placement:
+            if old == WHOLE:
+                return old
             own = shape.shape[shape.ndim - len(old.axes) :]
             new = place(plan, old.axes, own, is_vector=old.is_vector)
             return new if _stacked(path) else place_outside_stages(plan, new, own)
 
-        placements = jax.tree_util.tree_map_with_path(place_again, self.placements, self.shapes)
-        return dataclasses.replace(self, plan=plan, placements=placements)
+        again = jax.tree_util.tree_map_with_path
+        placements = again(place_again, self.placements, self.shapes)
+        of_buffers = again(place_again, self.buffer_placements, self.buffer_shapes)
+        return dataclasses.replace(self, plan=plan, placements=placements, buffer_placements=of_buffers)
 
     def merge(self, params: Tree, buffers: Tree) -> Decoder:
         """Put a model together around values (local parts, inside the program)."""
@@ -60,8 +87,14 @@ class ModelParts:
 
     def split(self, model: Decoder) -> tuple[Tree, Tree]:
         """Give a model's weights and buffers as plain trees."""
-        _, params, buffers = nnx.split(model, nnx.Param, ...)
+        _, params, buffers = nnx.split(model, trained(self.config), ...)
         return _plain(params), _plain(buffers)
+
+    def weights(self) -> list[tuple[str, jax.ShapeDtypeStruct, Placement]]:
+        """List all weights, trained or not, with their paths."""
+        shapes = jax.tree_util.tree_leaves_with_path((self.shapes, self.buffer_shapes))
+        pairs = zip(shapes, jax.tree.leaves((self.placements, self.buffer_placements)), strict=True)
+        return [(path_name(path[1:]), shape, placement) for (path, shape), placement in pairs if placement != WHOLE]
 
     def weight_specs(self) -> Tree:
         """Give the spec of every stored weight."""
@@ -72,17 +105,24 @@ class ModelParts:
         return jax.tree.map(lambda p, s: p.state_spec(self.plan, s.ndim), self.placements, self.shapes)
 
     def buffer_specs(self) -> Tree:
-        """Give the spec of every buffer: whole on all devices, but for the layers of a pipeline's stages."""
-        stages = self.plan.axes_of("layers")
-        return jax.tree.map(lambda _: PartitionSpec(stages) if stages else PartitionSpec(), self.buffer_shapes)
+        """Give the spec of every buffer: a frozen weight lies as any other, a router's bias is whole on all devices."""
+        return jax.tree.map(lambda p, s: p.weight_spec(self.plan, s.ndim), self.buffer_placements, self.buffer_shapes)
 
     def init(self, seed: int) -> tuple[Tree, Tree]:
         """Draw the weights, each device its own part: no array is whole on one device before."""
+        return jax.jit(lambda: self._make(seed), out_shardings=self._placed())()
 
-        def make() -> tuple[Tree, Tree]:
-            return self.stored(self.split(build(self.config, self.plan, nnx.Rngs(seed))))
+    def init_some(self, seed: int, wanted: Collection[str]) -> dict[str, Array]:
+        """Draw some of what is trained, by dotted path, where the rest comes from elsewhere: it is not made at all."""
 
-        return jax.jit(make, out_shardings=self._placed())()
+        def some(params: Tree) -> dict[str, Any]:
+            flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+            return {name: flat[name] for name in wanted}
+
+        return jax.jit(lambda: some(self._make(seed)[0]), out_shardings=some(self._placed()[0]))()
+
+    def _make(self, seed: int) -> tuple[Tree, Tree]:
+        return self.stored(self.split(build(self.config, self.plan, nnx.Rngs(seed))))
 
     # --- the layers of pipeline stages: what is stacked lies under STACKS, its first dim in the order of the stages
 

@@ -7,8 +7,8 @@ import jax
 
 from moejax.parallel.zero import all_but_gathered_weights
 
-BLOCK_OUTPUTS = ("mixer_out", "ffn_out")
-"""Checkpoint names of a block's two sublayer outputs."""
+BLOCK_OUTPUTS = ("mixer_out", "cross_out", "ffn_out")
+"""Checkpoint names of a block's sublayer outputs."""
 
 
 def rematerialize(body: Callable[..., Any], policy: str, zero_stage: int) -> Callable[..., Any]:

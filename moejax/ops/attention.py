@@ -38,17 +38,20 @@ def naive_attention(
     drop: Drop | None = None,
     scoring: Scoring = PLAIN,
     sinks_N: Float[Array, "N"] | None = None,
+    bias_NTS: Float[Array, "N T S"] | None = None,
 ) -> Float[Array, "B T N U"]:
     """Attend with all scores in memory: the oracle. A query that sees nothing gives zeros.
 
     Key/value head k serves query heads k*G .. k*G+G-1; scores and softmax in float32 or wider. A sink is a score that
-    every query of a head sees and that brings nothing home (gpt-oss).
+    every query of a head sees and that brings nothing home (gpt-oss). A bias is added to the scores.
     """
     batch, length, heads, dim = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q_BTKGH = (q_BTNH * scoring.factor(dim)).reshape(batch, length, kv_heads, heads // kv_heads, dim)
     s_BKGTS = scoring.bend(jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide))
+    if bias_NTS is not None:
+        s_BKGTS = s_BKGTS + bias_NTS.astype(wide).reshape(kv_heads, -1, *bias_NTS.shape[1:])
     seen = visible_BTS[:, None, None]
     s_BKGTS = jnp.where(seen, s_BKGTS, jnp.finfo(wide).min)
     none_N = jnp.full(heads, -jnp.inf, wide)

@@ -67,7 +67,9 @@ def check_model(rules: Rules, mesh: MeshConfig, model: ModelConfig) -> None:
         sizes[f"{table}.num_heads"] = ("heads", mixer.num_heads)
         if isinstance(mixer, AttentionConfig):
             sizes[f"{table}.num_kv_heads"] = ("kv_heads", mixer.num_kv_heads)
-    if moe is None or not all(moe.is_sparse(layer) for layer in range(model.num_layers)):
+    if model.encoder is not None:
+        check_encoder(mesh)
+    if model.encoder is not None or moe is None or not all(moe.is_sparse(n) for n in range(model.num_layers)):
         sizes["ffn"] = ("ffn", model.ffn)
     if moe is not None:
         sizes |= {"expert_ffn": ("expert_ffn", moe.expert_ffn), "num_experts": ("experts", moe.num_experts)}
@@ -86,9 +88,39 @@ def check_model(rules: Rules, mesh: MeshConfig, model: ModelConfig) -> None:
     elif mesh.expert > 1:
         raise ValueError(f"expert ({mesh.expert}) splits experts, and the model has none: give those devices to data")
     check_divisible(rules, mesh, sizes)
+    if model.mtp is not None:
+        check_mtp(mesh, model)
     if mesh.sequence > 1:
         for mixer in model.mixer_tables().values():
             check_context(rules, mesh, mixer)
+
+
+def check_mtp(mesh: MeshConfig, model: ModelConfig) -> None:
+    """Raise ValueError where further tokens cannot be predicted."""
+    for name, degree in (("pipeline", mesh.pipeline), ("sequence", mesh.sequence)):
+        if degree > 1:
+            raise ValueError(
+                f"mtp reads the last layer's stream beside the next tokens, and {name} ({degree}) keeps them on other "
+                f"devices: set {name} = 1, or leave mtp out"
+            )
+    if model.encoder is not None or (model.moe is not None and model.moe.competitive):
+        raise ValueError(
+            f'mtp predicts further tokens from one stream, and a model of name = "{model.name}" has others'
+        )
+
+
+def check_encoder(mesh: MeshConfig) -> None:
+    """Raise ValueError for meshes that split what an encoder and a decoder need whole."""
+    if mesh.pipeline > 1:
+        raise ValueError(
+            f"pipeline ({mesh.pipeline}) hands one stream from stage to stage, and every layer of a decoder looks into "
+            "its encoder's too: set pipeline = 1"
+        )
+    if mesh.sequence > 1:
+        raise ValueError(
+            f"sequence ({mesh.sequence}) splits positions, which T5's learned scores by distance do not know: set "
+            "sequence = 1"
+        )
 
 
 def check_context(rules: Rules, mesh: MeshConfig, mixer: Mixer) -> None:
@@ -126,12 +158,21 @@ def check_layers(mesh: MeshConfig, runs: Sequence[tuple[Sequence[object], int]])
         )
 
 
-def check_batch(rules: Rules, mesh: MeshConfig, global_batch: int, microbatches: int, seq_len: int) -> None:
-    """Raise ValueError unless a microbatch divides over the batch axes, and a sequence over its own."""
+def check_batch(
+    rules: Rules,
+    mesh: MeshConfig,
+    global_batch: int,
+    microbatches: int,
+    seq_len: int,
+    source_len: int | None = None,
+) -> None:
+    """Raise ValueError unless a microbatch divides over the batch axes, a sequence and its source over their own."""
     sizes = {
         "global_batch / microbatches": ("batch", global_batch // microbatches),
         "seq_len": ("residual_seq", seq_len),
     }
+    if source_len is not None:
+        sizes["source_len"] = ("residual_seq", source_len)
     check_divisible(rules, mesh, sizes)
     if mesh.sequence > 1 and mesh.context == "ring" and seq_len % (2 * mesh.sequence):
         raise ValueError(f"seq_len ({seq_len}) must divide by 2 * sequence ({mesh.sequence}): a zig-zag has two parts")

@@ -19,6 +19,9 @@ def lower_train_step(config: RunConfig, devices: Sequence[Any]) -> tuple[jax.sta
     parts = ModelParts.of(config.model, plan)
     optimizer = optimizers.build(config.optimizer, config.train.steps, parts.placements)
     step = make_train_step(parts, optimizer, config)
-    state, batch = abstract_state(parts, optimizer), abstract_batch(plan, config.train)
+    state, batch = (
+        abstract_state(parts, optimizer),
+        abstract_batch(plan, config.train, config.model.encoder is not None),
+    )
     with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):  # kernels read their chip from it
         return step.trace(state, batch).lower(lowering_platforms=("cuda",)), parts

@@ -189,7 +189,11 @@ def check_same_model(saved: dict[str, Any], model: dict[str, Any], where: Path) 
         if isinstance(a, dict) and isinstance(b, dict):
             for name in a | b:
                 first(a.get(name), b.get(name), f"{key}.{name}")
-        elif _as_json(a) != _as_json(b) and key not in ("model.remat", "model.attention.implementation", "model.moe.dispatch"):
+        elif _as_json(a) != _as_json(b) and key not in (
+            "model.remat",
+            "model.attention.implementation",
+            "model.moe.dispatch",
+        ):
             raise ValueError(
                 f"{where} holds another model: {key} is {a} there and {b} here; give that model, or another --out"
             )

@@ -9,16 +9,22 @@ from jax import lax
 from jaxtyping import Array
 
 from moejax.compat import vary
-from moejax.layers.context import Context
+from moejax.layers.context import Context, Source
 from moejax.models import Decoder, ModelParts
 from moejax.models.decoder import Output
 from moejax.ops.random import fold
 from moejax.parallel import pipeline, zero
-from moejax.train.loss import in_layer_order, router_loss, sum_tokens, token_losses
+from moejax.train.loss import further_losses, in_layer_order, router_loss, sum_tokens, token_losses
 
 Tree = Any
 Batch = dict[str, Array]
-"""inputs, targets, segments, positions, weights, bytes: [Y, B, T], microbatches first."""
+"""inputs, targets, segments, positions, weights, bytes: [Y, B, T], microbatches first; of an encoder-decoder source and
+source_segments [Y, B, S] too."""
+
+
+def source_of(micro: Batch) -> Source | None:
+    """Give what a microbatch holds for an encoder."""
+    return Source(micro["source"], micro["source_segments"]) if "source" in micro else None
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,16 @@ class _Job:
     def whole(self, params: Tree, index: Array | int, micro: Batch) -> tuple[Array, Tree]:
         """Give one microbatch's part of the training loss, and its metrics."""
         model = self.parts.merge(params, self.buffers)
-        output = model(micro["inputs"], self.context(index, micro))
+        context = self.context(index, micro)
+        output = model(micro["inputs"], context)
         loss, aux = self.token_loss(model, output, micro), self.router_loss(output.stats)
-        return loss + aux, self.seen(loss, aux, output.stats)
+        if self.parts.config.mtp is None:
+            return loss + aux, self.seen(loss, aux, output.stats)
+        nats_BT, routers = further_losses(model, output, micro, context)
+        mtp = sum_tokens(self.parts.plan, nats_BT) / self.num_tokens
+        aux = aux + self.router_loss([routers])
+        total = loss + aux + self.parts.config.mtp.weight * mtp
+        return total, self.seen(loss, aux, output.stats) | {"mtp": lax.stop_gradient(mtp)}
 
     def context(self, index: Array | int, micro: Batch) -> Context:
         """Number this device's rows in the global batch: they decide dropout and noise, whatever the mesh."""
@@ -103,7 +116,7 @@ class _Job:
         first = index * (rows * plan.degree("batch")) + plan.index("batch") * rows
         key = fold(jax.random.key_data(jax.random.key(self.gradient.seed)), self.step)
         rows_B = (first + jnp.arange(rows)).astype(jnp.uint32)
-        return Context.of(plan, micro["segments"], micro["positions"], rows_B, key)
+        return Context.of(plan, micro["segments"], micro["positions"], rows_B, key, source_of(micro))
 
     def token_loss(self, model: Decoder, output: Output, micro: Batch) -> Array:
         """Sum the targets' losses over all devices, as a part of the whole batch's mean."""
@@ -126,7 +139,8 @@ class _Job:
         if router is not None and self.count > 1:  # counts add up, means are averaged
             mean = jax.tree.map(lambda x: x / self.count, router)
             router = mean._replace(load_E=router.load_E, dropped=router.dropped, sent=router.sent)
-        return {"loss": loss, "aux": aux, "router": router, "tokens": self.num_tokens}
+        found = {"loss": loss, "aux": aux, "router": router, "tokens": self.num_tokens}
+        return found | {key: totals[key] for key in ("mtp",) if key in totals}
 
     # --- through a pipeline: see parallel/pipeline.py
 

@@ -19,8 +19,9 @@ from moejax.accounting.chips import find_chip
 from moejax.accounting.model_cost import model_cost
 from moejax.config.run import RunConfig
 from moejax.data import BatchSource, Data
+from moejax.interop.weights import load
 from moejax.models import ModelParts
-from moejax.parallel.launch import AnyProcess, is_first, together
+from moejax.parallel.launch import AnyProcess, is_first, say, together
 from moejax.parallel.plan import MeshPlan
 from moejax.parallel.rules import check_batch
 from moejax.train import optimizer as optimizers
@@ -93,14 +94,20 @@ class Trainer:
 
     def __init__(self, config: RunConfig, plan: MeshPlan, parts: ModelParts, data: Data, out: Path) -> None:
         train = config.train
-        check_batch(plan.rules, plan.config, train.global_batch, train.microbatches, train.seq_len)
+        source_len = None if config.model.encoder is None else train.num_source()
+        check_batch(plan.rules, plan.config, train.global_batch, train.microbatches, train.seq_len, source_len)
+        if (config.data.objective == "span_corruption") != (config.model.encoder is not None):
+            raise ValueError(
+                f'data.objective = "{config.data.objective}" does not suit name = "{config.model.name}": '
+                'encoder-decoders learn by "span_corruption", decoders by "next_token"'
+            )
         self.config, self.plan, self.parts, self.data, self.out = config, plan, parts, data, out
         self.optimizer = optimizers.build(config.optimizer, train.steps, parts.placements)
         self.train_step = together("train step", make_train_step(parts, self.optimizer, config))
         self.eval_step = together("eval step", make_eval_step(parts))
         self.source = BatchSource(data.train, train.global_batch, train.microbatches)
         self.chip = find_chip(jax.devices()[0].device_kind)
-        self.flops = model_cost(parts, train.seq_len).train_flops
+        self.flops = model_cost(parts, train.seq_len, train.num_source()).train_flops
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
@@ -111,7 +118,7 @@ class Trainer:
         """Restore the newest checkpoint, or make the state of step 0; raise ValueError if it is not of this run."""
         step = self.checkpoints.latest()
         if step is None:
-            return init_state(self.parts, self.optimizer, self.config.train.seed)
+            return init_state(self.parts, self.optimizer, self.config.train.seed, self._loaded())
         meta = self.checkpoints.meta(step)
         check_same_model(meta["model"], dataclasses.asdict(self.config.model), self.checkpoints.directory)
         if meta["data"] != self.data.fingerprint:
@@ -127,6 +134,15 @@ class Trainer:
             )
         state = self.checkpoints.restore(step, abstract_state(self.parts, self.optimizer))
         return self._reordered(state, self.parts.stored)
+
+    def _loaded(self) -> tuple[Any, Any] | None:
+        """Read the weights to start from; None where they are drawn."""
+        if not (folder := self.config.train.init_from):
+            return None
+        loaded = load(self.parts, Path(folder).expanduser(), self.config.train.seed)
+        if loaded.left_out:
+            say(f"{folder}: left out {len(loaded.left_out)} tensors: {', '.join(loaded.left_out[:4])}, ...")
+        return loaded.params, loaded.buffers
 
     def fit(self) -> Result:
         """Train to the configured step, or until a signal; save at the end either way."""

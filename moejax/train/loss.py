@@ -6,7 +6,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moejax.config.moe import MoEConfig
+from moejax.layers.context import Context
 from moejax.models.decoder import Decoder, Output
+from moejax.models.mtp import ahead
 from moejax.moe.balance import model_balance
 from moejax.moe.stats import RouterStats
 from moejax.ops.cross_entropy import linear_cross_entropy, mixture_cross_entropy
@@ -37,6 +39,24 @@ def _cross_entropy(model: Decoder, x_BTD: Array, targets_M: Array) -> Array:
         sum_over=lambda x: plan.sum_over(x, "vocab"),
         max_over=lambda x: plan.max_over(x, "vocab"),
     )
+
+
+def further_losses(
+    model: Decoder, output: Output, batch: dict[str, Array], context: Context
+) -> tuple[Float[Array, "B T"], list[RouterStats]]:
+    """Give the weighted cross-entropies of further tokens, their mean over the depths, and what their routers did.
+
+    Position i's tokens and targets lie in its own document: what lies beyond has no weight.
+    """
+    depths = range(1, len(model.mtp) + 1)
+    tokens = [ahead(batch["targets"], depth - 1) for depth in depths]
+    total_BT, routers = jnp.zeros_like(batch["weights"]), []
+    for depth, (found, stats) in zip(depths, model.further(output, tokens, context), strict=True):
+        same_BT = ahead(batch["segments"], depth) == batch["segments"]
+        weights_BT = jnp.where(same_BT, ahead(batch["weights"], depth), 0)
+        total_BT = total_BT + token_losses(model, found, ahead(batch["targets"], depth)) * weights_BT
+        routers += [] if stats is None else [stats]
+    return total_BT / len(model.mtp), routers
 
 
 def sum_tokens(plan: MeshPlan, x_BT: Float[Array, "B T"]) -> Float[Array, ""]:

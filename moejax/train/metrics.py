@@ -153,7 +153,7 @@ def _tidy(value: float) -> str:
 def step_record(step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """Turn a step's fetched metrics into a flat record; the load of every sparse layer as nested lists."""
     record: dict[str, Any] = {"step": step}
-    record |= {key: float(metrics[key]) for key in ("loss", "aux", "grad_norm", "lr")}
+    record |= {key: float(metrics[key]) for key in ("loss", "aux", "mtp", "grad_norm", "lr") if key in metrics}
     router = metrics["router"]
     if router is not None:
         record |= {name: float(np.mean(value)) for name, value in router.losses.items()}

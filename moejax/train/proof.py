@@ -53,6 +53,15 @@ def proof_batch(seed: int, vocab: int, rows: int, length: int, microbatches: int
     }
 
 
+def with_source(batch: HostBatch, length: int) -> HostBatch:
+    """Give a batch sources of `length` tokens: its own rows backwards, over and over, padding in front."""
+
+    def backwards(x: np.ndarray) -> np.ndarray:
+        return np.take(x[..., ::-1], np.arange(length) % x.shape[-1], axis=-1)
+
+    return batch | {"source": backwards(batch["inputs"]), "source_segments": backwards(batch["segments"])}
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a few steps gave: the first gradient (read off Adam's first moment), each step's metrics, the end state."""
@@ -77,7 +86,8 @@ class Trial:
         """Build the parts on these devices; raise ValueError for a model, mesh or batch that does not fit."""
         plan = MeshPlan.from_config(config.mesh, devices)
         train = config.train
-        check_batch(plan.rules, plan.config, train.global_batch, train.microbatches, train.seq_len)
+        source_len = None if config.model.encoder is None else train.num_source()
+        check_batch(plan.rules, plan.config, train.global_batch, train.microbatches, train.seq_len, source_len)
         parts = ModelParts.of(config.model, plan)
         return cls(parts, optimizers.build(config.optimizer, train.steps, parts.placements), config)
 
@@ -99,17 +109,23 @@ class Trial:
         return self._trace(batch).jaxpr
 
     def _trace(self, batch: HostBatch) -> Any:
-        placed = place_batch(self.parts.plan, batch)
+        placed = self._placed(batch)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
         step = make_train_step(self.parts, self.optimizer, self.config)
         return step.trace(abstract_state(self.parts, self.optimizer), shapes)
+
+    def _placed(self, batch: HostBatch) -> Tree:
+        """Place a batch, with sources where the model has an encoder."""
+        if self.config.model.encoder is not None:
+            batch = with_source(batch, self.config.train.num_source())
+        return place_batch(self.parts.plan, batch)
 
     def train(self, state: TrainState, batches: Sequence[HostBatch], program: Any = None) -> Trained:
         """Run one step for each batch, all by one compiled program; `state` is numpy, in the layers' own order."""
         program = self.program(batches[0]) if program is None else program
         state, first_moment, metrics = self.place(state), None, []
         for batch in batches:
-            state, seen = program(state, place_batch(self.parts.plan, batch))
+            state, seen = program(state, self._placed(batch))
             metrics.append(to_numpy(seen))
             if first_moment is None:
                 first_moment = to_numpy(self.parts.canonical(state.opt_state[0].mu))

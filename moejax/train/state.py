@@ -37,9 +37,11 @@ def state_specs(parts: ModelParts, optimizer: optax.GradientTransformation) -> T
     return TrainState(scalar, parts.weight_specs(), parts.buffer_specs(), opt_specs, scalar, scalar)
 
 
-def init_state(parts: ModelParts, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Make the state of step 0, every array born in its place."""
-    params, buffers = parts.init(seed)
+def init_state(
+    parts: ModelParts, optimizer: optax.GradientTransformation, seed: int, weights: tuple[Tree, Tree] | None = None
+) -> TrainState:
+    """Make the state of step 0, every array born in its place; `weights` are the params and buffers to start from."""
+    params, buffers = parts.init(seed) if weights is None else weights
     places = jax.tree.map(parts.plan.place, state_specs(parts, optimizer))
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
     zeros = [jax.device_put(jnp.int32(0), parts.plan.place(PartitionSpec())) for _ in range(3)]

@@ -19,7 +19,7 @@ from moejax.parallel import zero
 from moejax.parallel.pipeline import Work, empty_message, forward_once
 from moejax.parallel.plan import MeshPlan
 from moejax.train import optimizer as optimizers
-from moejax.train.gradient import Batch, Gradient
+from moejax.train.gradient import Batch, Gradient, source_of
 from moejax.train.loss import sum_tokens, token_losses
 from moejax.train.state import TrainState, state_specs
 
@@ -28,18 +28,25 @@ Tree = Any
 BATCH_KEYS = ("inputs", "targets", "segments", "positions", "weights", "bytes")
 
 
-def batch_specs(plan: MeshPlan) -> dict[str, PartitionSpec]:
+SOURCE_KEYS = ("source", "source_segments")
+"""What an encoder-decoder's batches hold besides, [Y, B, S]."""
+
+
+def batch_specs(plan: MeshPlan, with_source: bool = False) -> dict[str, PartitionSpec]:
     """Give the spec of every array of a batch [Y, B, T]: microbatch y is the same rows on every mesh."""
-    return {key: plan.spec(None, "batch", "seq") for key in BATCH_KEYS}
+    return {key: plan.spec(None, "batch", "seq") for key in BATCH_KEYS + SOURCE_KEYS * with_source}
 
 
-def abstract_batch(plan: MeshPlan, train: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(plan: MeshPlan, train: TrainConfig, with_source: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """Give the shapes, dtypes and places of a step's batch: what it takes to compile a step."""
-    shape = (train.microbatches, train.global_batch // train.microbatches, train.seq_len)
-    return {
-        key: jax.ShapeDtypeStruct(shape, jnp.float32 if key == "weights" else jnp.int32, sharding=plan.place(spec))
-        for key, spec in batch_specs(plan).items()
-    }
+    rows = (train.microbatches, train.global_batch // train.microbatches)
+    lengths: dict[str, int] = dict.fromkeys(SOURCE_KEYS, train.num_source())
+
+    def array(key: str, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        shape, dtype = (*rows, lengths.get(key, train.seq_len)), jnp.float32 if key == "weights" else jnp.int32
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=plan.place(spec))
+
+    return {key: array(key, spec) for key, spec in batch_specs(plan, with_source).items()}
 
 
 def local_rows(plan: MeshPlan, rows: int) -> slice:
@@ -55,7 +62,7 @@ def place_batch(plan: MeshPlan, batch: dict[str, np.ndarray], rows: int | None =
     One of many processes may have only a part: of a microbatch's `rows` (default: those of the batch) those from
     `first` on, which must hold `local_rows`.
     """
-    specs, order = batch_specs(plan), plan.sequence_order(batch["inputs"].shape[-1])
+    specs, order = batch_specs(plan, "source" in batch), plan.sequence_order(batch["inputs"].shape[-1])
     num_rows = batch["inputs"].shape[1] if rows is None else rows
 
     def place(value: np.ndarray, spec: PartitionSpec) -> Array:
@@ -104,7 +111,8 @@ def make_train_step(parts: ModelParts, optimizer: optax.GradientTransformation, 
         return new, metrics | {"skipped_in_a_row": new.skipped_in_a_row}
 
     specs = state_specs(parts, optimizer)
-    program = plan.spmd(step, (specs, batch_specs(plan)), (specs, PartitionSpec()))
+    batches = batch_specs(plan, parts.config.encoder is not None)
+    program = plan.spmd(step, (specs, batches), (specs, PartitionSpec()))
     return jax.jit(program, donate_argnums=0)
 
 
@@ -140,7 +148,7 @@ def make_eval_step(parts: ModelParts) -> Any:
 
     def step(params: Tree, buffers: Tree, batch: Batch) -> dict[str, Array]:
         batch = jax.tree.map(lambda x: x[0], batch)
-        context = Context.of(plan, batch["segments"], batch["positions"])
+        context = Context.of(plan, batch["segments"], batch["positions"], source=source_of(batch))
         if plan.size("pipeline") > 1:
             total = in_stages(params, buffers, batch, context)
         else:
@@ -149,5 +157,5 @@ def make_eval_step(parts: ModelParts) -> Any:
         counts = {"tokens": batch["weights"], "bytes": batch["bytes"].astype(total.dtype)}
         return {"nats": total} | {key: plan.agree(sum_tokens(plan, value)) for key, value in counts.items()}
 
-    ins = (parts.weight_specs(), parts.buffer_specs(), batch_specs(plan))
+    ins = (parts.weight_specs(), parts.buffer_specs(), batch_specs(plan, parts.config.encoder is not None))
     return jax.jit(plan.spmd(step, ins, PartitionSpec()))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.conftest import tiny_models
+from tests.conftest import tiny_models, tiny_params
 from tests.golden.make import STEPS, VOCAB, golden_batch, read_losses, train_losses
 
 RTOL = 1e-7
@@ -14,7 +14,7 @@ def test_every_tiny_model_has_golden_losses():
     assert sorted(read_losses()) == tiny_models()
 
 
-@pytest.mark.parametrize("name", tiny_models())
+@pytest.mark.parametrize("name", tiny_params())
 def test_losses_are_as_committed(name):
     np.testing.assert_allclose(train_losses(name), read_losses()[name], rtol=RTOL, atol=0)
 

@@ -8,7 +8,7 @@ import scipy.special
 from flax import nnx
 
 from moejax.config.model import Precision
-from moejax.config.moe import RouterConfig
+from moejax.config.moe import MoEConfig, RouterConfig
 from moejax.moe.router import Router
 from moejax.parallel.plan import MeshPlan
 from tests.conftest import assert_close

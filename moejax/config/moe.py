@@ -138,7 +138,7 @@ class MoEConfig:
         return (layer + 1) % self.every == 0 and layer not in self.dense_layers
 
     def num_slots(self, length: int) -> int:
-        """Give the places per expert in a sequence: ceil(capacity_factor * T * A / E), or `slots`; at least 1, at most T."""
+        """Give the places per expert in a sequence: ceil(capacity_factor * T * A / E), or `slots`, within 1 and T."""
         if self.slots is not None:
             return min(length, self.slots)
         wanted = (self.capacity_factor or 1.0) * length * self.router.num_active

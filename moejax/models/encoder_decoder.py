@@ -37,7 +37,7 @@ class EncoderDecoder(Decoder):
         self.encoder_norm = RMSNorm(plan, rngs, config.embed, config.norm_eps, config.precision)
         self.encoder_bias = RelativeBias(plan, rngs, config.t5, config.precision, bidirectional=True)
         self.decoder_bias = RelativeBias(plan, rngs, config.t5, config.precision, bidirectional=False)
-        if config.tie_embeddings:  # T5 embeds in unit vectors' size per channel, and shrinks what reads such a table out
+        if config.tie_embeddings:  # T5 draws its table of size one per channel, and shrinks what meets it as a head
             self.head.divisor *= config.embed**0.5
             self.embedding.table[...] *= config.embed**0.5
 

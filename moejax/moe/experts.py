@@ -47,7 +47,7 @@ class Activation(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """E feed-forwards, gated or not: they lie over `expert`, each one's hidden dim over tensor; results are partial sums."""
+    """E feed-forwards, gated or not, over `expert`; each one's hidden dim over tensor; results are partial sums."""
 
     def __init__(
         self, plan: MeshPlan, rngs: nnx.Rngs, dim: int, moe: MoEConfig, precision: Precision, scale: float = 1.0
@@ -97,7 +97,7 @@ class Experts(nnx.Module):
         assert here * ranks == group_sizes_E.shape[0], f"{here} experts on each of {ranks} ranks: rows go to others"
         if ranks == 1:
             return run(weights, key, x_RD, group_sizes_E, slots_R)
-        return exchange_rows(self.plan, run, weights, key, x_RD, slots_R, group_sizes_E)
+        return exchange_rows(self.plan, run, weights, key, x_RD, slots_R, group_sizes_E, self.implementation)
 
     def dropping(self, context: Context) -> bool:
         """Say whether rows' slot numbers are asked for."""

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.layers.context import Context
-from moejax.moe.balance import Balance, SequenceBalance, expert_load, layer_balance, over_tokens, router_losses, sequence_balance
+from moejax.moe.balance import (
+    Balance,
+    SequenceBalance,
+    expert_load,
+    layer_balance,
+    over_tokens,
+    router_losses,
+    sequence_balance,
+)
 from moejax.moe.router import Router, Routing, routed
 from moejax.parallel.plan import MeshPlan
 

@@ -45,15 +45,17 @@ def exchange_rows(
     x_RD: Float[Array, "R D"],
     slots_R: Int[Array, "R"],
     group_sizes_E: Int[Array, "E"],
+    implementation: str = "auto",
 ) -> Float[Array, "R D"]:
     """Run each row, sorted by expert, through its expert, wherever that one lies; rows beyond the groups give zeros.
 
-    `weights` get gradients, `constants` none; `run` must not hold arrays of its own.
+    `weights` get gradients, `constants` none; `run` must not hold arrays of its own. `implementation` is the experts'
+    name of who computes, which says who moves rows.
     """
     leaves, tree = jax.tree.flatten((x_RD, slots_R, group_sizes_E, weights, constants))
     leaves = [vary(vary_like(leaf, *leaves), (AXIS,)) for leaf in leaves]
     x_RD, slots_R, group_sizes_E, weights, constants = jax.tree.unflatten(tree, leaves)
-    return _exchange(plan, run, x_RD, weights, (slots_R, group_sizes_E, constants))
+    return _exchange(plan, run, implementation, x_RD, weights, (slots_R, group_sizes_E, constants))
 
 
 class _Traffic(NamedTuple):
@@ -78,25 +80,25 @@ def _count(plan: MeshPlan, group_sizes_E: Array, per_round: int, num_rows: int) 
     return _Traffic(start_W, send_WW, sizes_WWe[:, mine], rounds)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(plan: MeshPlan, run: Run, x_RD: Array, weights: Tree, rest: Tree) -> Array:
-    return _exchange_fwd(plan, run, x_RD, weights, rest)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _exchange(plan: MeshPlan, run: Run, way: str, x_RD: Array, weights: Tree, rest: Tree) -> Array:
+    return _exchange_fwd(plan, run, way, x_RD, weights, rest)[0]
 
 
-def _exchange_fwd(plan: MeshPlan, run: Run, x_RD: Array, weights: Tree, rest: Tree) -> tuple[Array, Tree]:
+def _exchange_fwd(plan: MeshPlan, run: Run, way: str, x_RD: Array, weights: Tree, rest: Tree) -> tuple[Array, Tree]:
     """Keep what the first round's backward needs; later rounds are recomputed."""
     traffic = _count(plan, rest[1], quota(plan, x_RD.shape[0]), x_RD.shape[0])
-    one = partial(_round, plan, run, rest, traffic)
+    one = partial(_round, plan, run, way, rest, traffic)
     y_RD, first_vjp = jax.vjp(partial(one, 0), x_RD, weights)
     y_RD = _later_rounds(traffic.rounds, lambda i, y_RD: y_RD + one(i, x_RD, weights), y_RD)
     return y_RD, (first_vjp, x_RD, weights, rest, traffic)
 
 
-def _exchange_bwd(plan: MeshPlan, run: Run, saved: Tree, dy_RD: Array) -> Tree:
+def _exchange_bwd(plan: MeshPlan, run: Run, way: str, saved: Tree, dy_RD: Array) -> Tree:
     first_vjp, x_RD, weights, rest, traffic = saved
 
     def again(i: Array, grads: Tree) -> Tree:
-        _, vjp = jax.vjp(partial(_round, plan, run, rest, traffic, i), x_RD, weights)
+        _, vjp = jax.vjp(partial(_round, plan, run, way, rest, traffic, i), x_RD, weights)
         return jax.tree.map(jnp.add, grads, vjp(dy_RD))
 
     return *_later_rounds(traffic.rounds, again, first_vjp(dy_RD)), None
@@ -110,7 +112,7 @@ def _later_rounds(rounds: Array | int, body: Callable[[Array, Tree], Tree], carr
 
 
 def _round(
-    plan: MeshPlan, run: Run, rest: Tree, traffic: _Traffic, number: Array | int, x_RD: Array, weights: Tree
+    plan: MeshPlan, run: Run, way: str, rest: Tree, traffic: _Traffic, number: Array | int, x_RD: Array, weights: Tree
 ) -> Float[Array, "R D"]:
     """Send one quota, run it, bring it back; rows of other rounds give zeros."""
     slots_R, group_sizes_E, constants = rest
@@ -124,9 +126,9 @@ def _round(
     ends_We = jnp.cumsum(traffic.local_We, axis=1)
     expert_X = (move.position_X[:, None] >= ends_We[move.source_X]).sum(-1).clip(max=local_experts - 1)
     order = sort_by_expert(expert_X[:, None], local_experts, move.valid_X[:, None])
-    rows_XD = gather_rows(x_XD, order, 1)
+    rows_XD = gather_rows(x_XD, order, 1, implementation=way)
     y_XD = run(weights, constants, rows_XD, order.group_sizes_E, slots_X[order.rows_R] if constants else slots_X)
-    y_XD = combine_rows(y_XD, jnp.ones((y_XD.shape[0], 1), y_XD.dtype), order)
+    y_XD = combine_rows(y_XD, jnp.ones((y_XD.shape[0], 1), y_XD.dtype), order, implementation=way)
     return move.home(y_XD)
 
 

@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 
 from experiments.cli import CONFIGS
 from moejax.config import load
-from moejax.config.attention import AttentionConfig, LatentConfig, LightningConfig, RopeConfig
+from moejax.config.attention import (
+    AttentionConfig,
+    LatentConfig,
+    LightningConfig,
+    RopeConfig,
+    T5AttentionConfig,
+)
 from moejax.config.load import ConfigError
 from moejax.config.mesh import MeshConfig
-from moejax.config.model import ModelConfig
+from moejax.config.model import EncoderConfig, LoRAConfig, ModelConfig, MTPConfig
 from moejax.config.moe import MoEConfig, RouterConfig
 from moejax.config.run import OptimizerConfig, RunConfig, TrainConfig
 from tests.conftest import config_files
@@ -165,9 +171,18 @@ def test_every_option_is_reached_by_an_override():
         latent=LatentConfig(q_rank=8, rope=rope),
         lightning=LightningConfig(),
         mixers=("lightning", "global"),
+        lora=LoRAConfig(),
+        mtp=MTPConfig(),
     )
-    config = RunConfig(model=model)
-    assert load.flatten(load.to_table(config)).keys() == load.option_hints(RunConfig).keys()
+    seq2seq = ModelConfig(
+        name="switch_transformers",
+        t5=T5AttentionConfig(),
+        encoder=EncoderConfig(),
+        moe=MoEConfig(slots=4, router=RouterConfig(num_active=1, normalize=False)),
+    )
+    configs = [RunConfig(model=model), RunConfig(model=seq2seq, train=TrainConfig(source_len=8))]
+    written = set().union(*(load.flatten(load.to_table(config)) for config in configs))
+    assert written == load.option_hints(RunConfig).keys()
 
 
 def test_fill_names_the_arithmetic():

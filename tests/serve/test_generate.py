@@ -46,7 +46,9 @@ def test_cached_generation_writes_the_oracles_tokens(name: str) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("name", "window"), [*(pytest.param(*p.values, None, marks=p.marks) for p in DECODERS), ("dense_tiny", 5)])
+@pytest.mark.parametrize(
+    ("name", "window"), [*(pytest.param(*p.values, None, marks=p.marks) for p in DECODERS), ("dense_tiny", 5)]
+)
 def test_prefill_and_decode_give_the_full_forwards_logits(name: str, window: int | None) -> None:
     """Two chunks and a single token through the cache, left padding included, against one forward."""
     config = exact(name)

@@ -157,7 +157,11 @@ def split_dotted(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 def _shared_parser(name: str, doc: str | None) -> Parser:
     parser = Parser(name, doc, add_help=False)  # its help waits for the model file, whose values it shows
     parser.add_argument("-h", "--help", action="store_true", help="show this, with the chosen model's defaults")
-    parser.add_argument("--model", metavar="NAME|PATH", help="model file, or a Hugging Face folder (default: demo, or the resumed run's)")
+    parser.add_argument(
+        "--model",
+        metavar="NAME|PATH",
+        help="model file, or a Hugging Face folder (default: demo, or the resumed run's)",
+    )
     parser.add_argument("--mesh", metavar="NAME|PATH", help="mesh file (default: single, or the resumed run's)")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where the run writes (default: runs/{name})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")

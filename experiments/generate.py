@@ -117,16 +117,16 @@ def main(argv: list[str]) -> int:
     arguments = cli.parse(with_run_config(argv), name="generate", doc=__doc__, add_options=add_options)
     config, options = arguments.config, arguments.options
     folder = Path(config.train.init_from).expanduser() if config.train.init_from else None
-    if options.run is None and folder is None:
-        raise ConfigError("generate needs weights: give --run DIR of a training, or --model FOLDER of open weights")
     cli.setup_jax()
     from moejax.serve.generate import Generator, generate
     from moejax.serve.sampling import Sampling
 
-    if options.run is None and folder is not None:
+    if options.run is not None:
+        writer = load_run(config, options.run, options.step)
+    elif folder is not None:
         writer = load_folder(config, folder)
     else:
-        writer = load_run(config, options.run, options.step)
+        raise ConfigError("generate needs weights: give --run DIR of a training, or --model FOLDER of open weights")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     generator = Generator(writer.parts, options.new, sampling, writer.ends, cached=not options.no_cache)
     prompts = options.prompt or ["The ", "Return ", "class "]

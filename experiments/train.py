@@ -109,8 +109,14 @@ def describe(config: RunConfig, parts) -> str:
     kinds = ("params", "gradients", "optimizer", "activations", "workspace")
     shares = ", ".join(f"{kind} {_units(getattr(memory, kind), 'B')}" for kind in kinds)
     split = f"; ZeRO-{mesh.zero_stage}" + (", sequence parallel" if mesh.sequence_parallel else "")
+    precision = config.model.precision
+    lossy = precision.params in ("bfloat16", "float16") and config.model.lora is None
+    warning = (
+        f"warning: weights are kept in {precision.params}: small updates are lost; --model.precision.params float32"
+    )
     return "\n".join(
         [
+            *([warning] if lossy else []),
             f"devices: {len(jax.devices())} x {device.device_kind} ({device.platform}); mesh: {axes}{split}",
             f"model:   {config.model.name}, {cost.total_params / 1e6:.2f} M weights, "
             f"{cost.active_params / 1e6:.2f} M active per token",

@@ -95,7 +95,8 @@ def from_hf(folder: Path, run_dir: Path) -> None:
     shutil.copyfile(folder / "tokenizer.json", run_dir / "tokenizer.json")
     zero = jnp.int32(0)
     state = TrainState(zero, model.params, model.buffers, {"none": zero}, zero, zero)
-    meta = {"model": dataclasses.asdict(config.model), "data": "", "tokenizer": Tokenizer.load(run_dir / "tokenizer.json").hash()}
+    tokenizer = Tokenizer.load(run_dir / "tokenizer.json")
+    meta = {"model": dataclasses.asdict(config.model), "data": "", "tokenizer": tokenizer.hash()}
     checkpoints = Checkpoints(run_dir / "checkpoints")
     checkpoints.save(0, state, meta)
     checkpoints.wait()

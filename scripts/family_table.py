@@ -54,7 +54,9 @@ def measure(golden: Golden) -> tuple[float, float, bool, str]:
         moejax.save_pretrained(moejax.load_pretrained(plain), Path(scratch) / "out")
         before, after = WeightFiles.open(plain), WeightFiles.open(Path(scratch) / "out")
         whole = {name: (slice(None),) * len(info.shape) for name, info in after.tensors.items()}
-        same = all(before.read(name, part).tobytes() == after.read(name, part).tobytes() for name, part in whole.items())
+        same = all(
+            before.read(name, all_).tobytes() == after.read(name, all_).tobytes() for name, all_ in whole.items()
+        )
     expected = golden["logits"]
     inputs = inputs_of(golden)
     error = float(np.abs(np.asarray(model(**inputs)) - expected).max())
@@ -95,7 +97,7 @@ def cached_logits(model: Any, golden: Golden) -> Any:
 
 
 def training_error(family: str) -> tuple[str, float]:
-    """Train the family's tiny model two steps on a mesh and on one device; give the largest error of a gradient leaf."""
+    """Train the family's tiny model on a mesh and on one device; give the largest error of a gradient's leaf."""
     import jax
 
     from experiments.cli import CONFIGS

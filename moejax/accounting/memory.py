@@ -64,7 +64,9 @@ def estimate_memory(parts: ModelParts, train: TrainConfig, counted: WeightBytes 
     workspace = held.workspace + _weights_at_work(parts, train, counted)
     # The update overwrites Adam's moments before the new weights have read them: the compiler copies both.
     workspace = max(workspace, 2 * slices - held.kept)
-    return MemoryEstimate(weights + counted.frozen, gradients, 2 * slices, held.kept + _cast_weights(parts, weights), workspace)
+    return MemoryEstimate(
+        weights + counted.frozen, gradients, 2 * slices, held.kept + _cast_weights(parts, weights), workspace
+    )
 
 
 def _weights_at_work(parts: ModelParts, train: TrainConfig, counted: WeightBytes) -> float:

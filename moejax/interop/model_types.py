@@ -126,6 +126,7 @@ def _lost(ours: ModelConfig, again: ModelConfig) -> Sequence[str]:
         unused = parts[0] == "attention" and (ours.latent is not None or ours.t5 is not None)
         unused |= parts[0] == "ffn" and ours.moe is not None and ours.encoder is None
         unused |= parts[0] == "mixers" and _spread(ours) == _spread(again)
+        unused |= parts[-1] == "group_best" and ours.moe is not None and ours.moe.router.num_groups == 1
         if parts[0] not in ("precision",) and parts[-1] not in IRRELEVANT and not training and not unused:
             found.append(f"{name} = {a!r} (it would be {b!r})")
     return found

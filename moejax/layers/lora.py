@@ -1,7 +1,7 @@
-"""How is a large matrix trained by two small ones? LoRA (arXiv 2106.09685): W + alpha / rank * A B, W left as it is.
+"""How is a large matrix trained by two small ones? LoRA (arXiv 2106.09685): W + alpha / rank * A B.
 
-The sum is made where the weight is read, so that every kernel, mesh and precision sees an ordinary matrix. What it saves
-is memory, the optimizer's state and the gradients of all other weights, not arithmetic.
+The sum is made where the weight is read: every kernel, mesh and precision sees an ordinary matrix. What it saves is
+memory, the optimizer's state and the gradients of all other weights, not arithmetic.
 """
 
 import math

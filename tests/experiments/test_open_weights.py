@@ -33,10 +33,8 @@ def test_a_run_becomes_a_folder_that_generates(folder: Path, capsys: pytest.Capt
 
 
 def test_a_folder_is_fine_tuned_on_answers_by_updates_and_written_again(folder: Path, tmp_path: Path):
-    rows = [
-        {"messages": [{"role": "user", "content": f"What is {n} and {n}?"}, {"role": "assistant", "content": str(2 * n)}]}
-        for n in range(400)
-    ]
+    asked = ({"role": "user", "content": f"What is {n} and {n}?"} for n in range(400))
+    rows = [{"messages": [row, {"role": "assistant", "content": str(2 * n)}]} for n, row in enumerate(asked)]
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(map(json.dumps, rows)))
     data = ["--data.source", str(chats), "--data.format", "chat"]

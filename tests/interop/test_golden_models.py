@@ -1,6 +1,5 @@
-"""Does a Hugging Face folder give transformers' numbers: logits, losses, gradients, tokens? And is it written back whole?"""
+"""Does a Hugging Face folder give transformers' numbers: logits, losses, gradients, tokens? And back again?"""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.config.run import OptimizerConfig, RunConfig, TrainConfig
-from moejax.interop import layout, weights
+from moejax.interop import weights
 from moejax.interop.files import WeightFiles
 from moejax.interop.pretrained import Pretrained
 from moejax.serve.generate import Generator, generate

@@ -1,4 +1,4 @@
-"""Weights go from files straight to where they belong: every mesh gives one device's logits, and reads its parts alone."""
+"""Weights go from files straight to where they belong: every mesh gives the same logits and reads its parts alone."""
 
 import dataclasses
 from pathlib import Path

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config.mesh import MeshConfig
 from moejax.config.attention import AttentionConfig
+from moejax.config.mesh import MeshConfig
 from moejax.config.model import ModelConfig
 from moejax.models import ModelParts
 from moejax.parallel.plan import MeshPlan

@@ -158,6 +158,8 @@ def test_pairs_that_cannot_work_are_refused_with_the_reason():
             expected[model, mesh] = "the model has none"
         elif config.pipeline > 1 and sized.moe is not None and sized.moe.competitive:
             expected[model, mesh] = "set pipeline = 1"
+        elif config.pipeline > 1 and sized.moe is not None and sized.moe.router.balance_over == "model":
+            expected[model, mesh] = "of all layers at once"
         elif config.pipeline > 1 and sized.encoder is None and len(layer_runs(sized)) > 1:
             expected[model, mesh] = "wants one period of layers"
         elif sized.encoder is not None and config.pipeline > 1:

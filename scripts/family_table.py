@@ -5,7 +5,7 @@
 For each golden file of tests/golden/huggingface (made by scripts/make_goldens.py with transformers) the largest errors:
 logits of the whole forward and of one token after the other through the cache, both absolute against transformers, in
 float32; the gradient of the family's tiny model on 8 devices against one, relative, in float64; and whether what was
-read is written back bit for bit.
+read is written back bit for bit. An encoder-decoder's capacity never binds token by token: there greedy tokens count.
 """
 
 import sys
@@ -32,16 +32,17 @@ def main(argv: list[str]) -> int:
     print("|---|---|---|---|---|---|")
     for model_type, goldens in families.items():
         found = [measure(golden) for golden in goldens]
-        whole, cached = (max(errors[i] for errors in found) for i in range(2))
+        whole = max(errors[0] for errors in found)
+        cached = ", ".join(dict.fromkeys(errors[1] for errors in sorted(found, key=lambda errors: errors[1])[-1:]))
         same = "bit for bit" if all(errors[2] for errors in found) else "DIFFERS"
         mesh, error = training_error(found[0][3])
-        row = (f"`{model_type}`", str(len(goldens)), f"{whole:.0e}", f"{cached:.0e}", f"{error:.0e}, `{mesh}`", same)
+        row = (f"`{model_type}`", str(len(goldens)), f"{whole:.0e}", cached, f"{error:.0e}, `{mesh}`", same)
         print(f"| {' | '.join(row)} |", flush=True)
     return 0
 
 
-def measure(golden: Golden) -> tuple[float, float, bool, str]:
-    """Give the errors of whole and cached forward, whether the export is the import, and the family's name."""
+def measure(golden: Golden) -> tuple[float, str, bool, str]:
+    """Give the error of the whole forward, that of the cached one, whether export is import, and the family's name."""
     import numpy as np
 
     import moejax
@@ -49,7 +50,7 @@ def measure(golden: Golden) -> tuple[float, float, bool, str]:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = golden.write(Path(scratch) / "in", quantised="quantization_config" in golden.config)
-        model = moejax.load_pretrained(folder, dtype="float32")
+        model = moejax.load_pretrained(folder, dtype="float32", dropout=0.0)
         plain = golden.write(Path(scratch) / "plain", quantised=False)
         moejax.save_pretrained(moejax.load_pretrained(plain), Path(scratch) / "out")
         before, after = WeightFiles.open(plain), WeightFiles.open(Path(scratch) / "out")
@@ -60,12 +61,29 @@ def measure(golden: Golden) -> tuple[float, float, bool, str]:
     expected = golden["logits"]
     inputs = inputs_of(golden)
     error = float(np.abs(np.asarray(model(**inputs)) - expected).max())
-    return error, float(np.abs(cached_logits(model, golden) - expected).max()), same, model.config.name
+    if "decoder_input_ids" in golden:
+        return error, greedy(model, golden), same, model.config.name
+    return error, f"{np.abs(cached_logits(model, golden) - expected).max():.0e}", same, model.config.name
 
 
 def inputs_of(golden: Golden) -> dict[str, Any]:
     """Give a model's arguments for the golden's logits."""
-    return {"input_ids_BT": golden["input_ids"]}
+    inputs = {"input_ids_BT": golden["input_ids"]}
+    if "decoder_input_ids" not in golden:
+        return inputs
+    others = {"attention_mask_BT": "attention_mask", "decoder_input_ids_BT": "decoder_input_ids"}
+    return inputs | {name: golden[key] for name, key in others.items()}
+
+
+def greedy(model: Any, golden: Golden) -> str:
+    """Say whether an encoder-decoder goes on as transformers does."""
+    from moejax.serve.generate import Generator, generate
+    from moejax.serve.sampling import Sampling
+
+    rows = zip(golden["input_ids"], golden["attention_mask"].sum(1), strict=True)
+    generator = Generator(model.parts, golden["greedy"].shape[1], Sampling(temperature=0.0))
+    written = generate(generator, model.params, model.buffers, [row[:length].tolist() for row, length in rows])
+    return "equal tokens" if written == golden["greedy"].tolist() else "OTHER TOKENS"
 
 
 def cached_logits(model: Any, golden: Golden) -> Any:

@@ -199,8 +199,9 @@ def _read_config(known: argparse.Namespace, smoke_model: str) -> RunConfig:
     stand_in = str(saved) if saved and saved.is_file() else None
     model = known.model or stand_in or (smoke_model if known.smoke else "demo")
     mesh = load.find_config("mesh", known.mesh or stand_in or "single", CONFIGS)
-    if Path(model).expanduser().is_dir():
-        return read_open_weights(Path(model).expanduser(), mesh)
+    folder = Path(model).expanduser()
+    if folder.is_dir() and ("/" in model or (folder / "config.json").is_file()):  # else a name that a folder has too
+        return read_open_weights(folder, mesh)
     return load.read_files(load.find_config("model", model, CONFIGS), mesh)
 
 

@@ -30,6 +30,34 @@ def test_mixtral_8x7b_has_the_published_weights():
     assert cost.train_flops == 3 * cost.forward_flops
 
 
+@pytest.mark.parametrize(
+    ("name", "matrices", "norms"),
+    [
+        # The papers' 671 B and 456 B, to the weight, as their configs' matrices add up; and every norm.
+        ("deepseek_v3", 671_025_397_760, (2 * 61 + 1) * 7168 + 61 * (1536 + 512)),
+        ("minimax_01", 456_088_092_672, (2 * 80 + 1) * 6144 + 70 * 64 * 128),
+    ],
+)
+def test_the_largest_models_have_the_published_weights(name: str, matrices: int, norms: int):
+    assert cost_of(name, 4096).total_params == matrices + norms
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("deepseek_v3", 671e9, 37.6e9),
+        ("minimax_01", 456e9, 45.9e9 + 2 * 200_064 * 6144),  # the paper leaves embedding and head out
+        ("qwen3_30b_a3b", 30.5e9, 3.3e9),
+        ("gpt_oss_20b", 20.9e9, 3.6e9 + 201_088 * 2880),  # the embedding left out
+        ("olmoe_1b_7b", 6.9e9, 1.3e9),
+    ],
+)
+def test_released_models_have_the_published_sizes(name: str, total: float, active: float):
+    cost = cost_of(name, 4096)
+    assert cost.total_params == pytest.approx(total, rel=0.01)
+    assert cost.active_params == pytest.approx(active, rel=0.02)
+
+
 def test_dense_and_soft_models_use_every_weight():
     for name in ("dense_tiny", "soft_mixture_tiny"):
         cost = cost_of(name)

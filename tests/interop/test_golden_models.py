@@ -83,13 +83,12 @@ def test_loss_and_gradients_are_those_of_transformers(golden: Golden, model: Pre
 def loss_and_gradient(golden: Golden, model: Pretrained) -> tuple[float, float, Any]:
     """Run the training step's own gradient on the golden's labels, shifted."""
     ids, labels = golden["input_ids"].astype(np.int32), golden["labels"][:, 1:]
-    rows, length = labels.shape
     counted = labels != -100
     batch = {
         "inputs": ids,
         "targets": np.pad(np.where(counted, labels, 0), ((0, 0), (0, 1))),
         "segments": np.ones_like(ids),
-        "positions": np.broadcast_to(np.arange(length + 1), ids.shape),
+        "positions": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
         "weights": np.pad(counted.astype(np.float32), ((0, 0), (0, 1))),
         "bytes": np.ones_like(ids),
     }

@@ -125,6 +125,7 @@ def mesh(request: pytest.FixtureRequest) -> MeshConfig:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests on one worker (`-n 2 --dist loadgroup`): they share what is dear to make. Parity is long, and
     shares by model."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")  # the longest first: nobody waits for it alone
     for item in items:
         params = getattr(item, "callspec", None)
         model = params.params.get("model", "") if params and "parity" in item.path.parts else ""

@@ -141,7 +141,7 @@ class Trainer:
             return None
         loaded = load(self.parts, Path(folder).expanduser(), self.config.train.seed)
         if loaded.left_out:
-            say(f"{folder}: left out {len(loaded.left_out)} tensors: {', '.join(loaded.left_out[:4])}, ...")
+            say(f"{folder}: {len(loaded.left_out)} tensors are not of this model: {', '.join(loaded.left_out)}")
         return loaded.params, loaded.buffers
 
     def fit(self) -> Result:

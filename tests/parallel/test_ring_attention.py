@@ -9,7 +9,7 @@ import pytest
 
 from moejax.config.mesh import MeshConfig
 from moejax.ops.attention import attention
-from moejax.ops.mask import Mask
+from moejax.ops.mask import PLAIN, Mask
 from moejax.parallel import ring_attention as ring
 from moejax.parallel.plan import MeshPlan
 from moejax.parallel.ring_attention import context_attention
@@ -151,5 +151,5 @@ def test_the_backward_keeps_no_rotated_keys():
         return compiled.memory_analysis().temp_size_in_bytes
 
     ours = temporaries(lambda *a: ring.ring_attention(plan, *a))
-    plain = temporaries(lambda *a: ring._ring_fwd(plan, None, "auto", *a)[0])
+    plain = temporaries(lambda *a: ring._ring_fwd(plan, None, "auto", PLAIN, *a, None)[0])
     assert ours < plain / 4

@@ -28,7 +28,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("options", "extra", "message"),
     [
         ({"mesh": "single"}, [], "the mesh has 1 devices (pipeline 1 * data 1 * sequence 1 * expert 1 * tensor 1) but"),
-        ({"mesh": "tensor8"}, ["--model.attention.num-heads", "4"], "num_heads (4) must divide by tensor (8)"),
+        (
+            {"mesh": "tensor8"},
+            ["--model.attention.num-heads", "4"],
+            "attention.num_heads (4) must divide by tensor (8)",
+        ),
         (DATA8, ["--train.global-batch", "12"], "global_batch / microbatches (12) must divide by data (8)"),
         (DATA8, ["--train.microbatches", "2"], "global_batch / microbatches (4) must divide by data (8)"),
         (DATA8, ["--data.source", "{tmp}/empty.txt"], "data.source ({tmp}/empty.txt) has no text in its 1 files"),

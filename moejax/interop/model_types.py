@@ -1,5 +1,7 @@
 """Which family is a config.json's model type, and which model type is a family?"""
 
+import importlib
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -10,46 +12,17 @@ from pydantic import ValidationError
 
 from moejax.config.load import did_you_mean, explain
 from moejax.config.model import ModelConfig
+from moejax.interop import families
 from moejax.interop.config_json import ConfigJson, Json
-from moejax.interop.families import (
-    deepseek_v2,
-    deepseek_v3,
-    glm4_moe,
-    gpt_oss,
-    granite_moe,
-    llama,
-    minimax,
-    minimax_m2,
-    mixtral,
-    olmoe,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    switch_transformers,
-)
 
 FAMILIES: dict[str, ModuleType] = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (
-        deepseek_v2,
-        deepseek_v3,
-        glm4_moe,
-        gpt_oss,
-        granite_moe,
-        llama,
-        minimax,
-        minimax_m2,
-        mixtral,
-        olmoe,
-        qwen2_moe,
-        qwen3,
-        qwen3_moe,
-        switch_transformers,
-    )
+    found.name: importlib.import_module(f"{families.__name__}.{found.name}")
+    for found in pkgutil.iter_modules(families.__path__)
 }
 """ModelConfig.name -> the file that knows its Hugging Face form."""
 
-MODEL_TYPES = {module.MODEL_TYPE: module for module in FAMILIES.values()} | {minimax.RELEASED: minimax}
+MODEL_TYPES = {name: module for module in FAMILIES.values() for name in module.MODEL_TYPES}
+"""A config.json's model_type -> the file that reads it."""
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -82,12 +55,12 @@ def write_config(config: ModelConfig, source: Json | None = None) -> Json:
     Raises ValueError where the family's config.json cannot say what the model is.
     """
     family = family_of(config)
-    written: Json = family.to_json(config)
-    again = family.config(ConfigJson(Path("config.json to be written"), written | {"model_type": family.MODEL_TYPE}))
+    model_type, written = family.MODEL_TYPES[0], family.to_json(config)
+    again = family.config(ConfigJson(Path("config.json to be written"), written | {"model_type": model_type}))
     if lost := _lost(config, again):
-        raise ValueError(f"{family.MODEL_TYPE} cannot say {', '.join(lost)}: set that as the family has it")
+        raise ValueError(f"{model_type} cannot say {', '.join(lost)}: set that as the family has it")
     kept = {key: value for key, value in (source or {}).items() if key in KEPT}
-    head = {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}
+    head = {"architectures": [family.ARCHITECTURE], "model_type": model_type}
     return head | kept | written
 
 
@@ -127,7 +100,7 @@ def _lost(ours: ModelConfig, again: ModelConfig) -> Sequence[str]:
         unused |= parts[0] == "ffn" and ours.moe is not None and ours.encoder is None
         unused |= parts[0] == "mixers" and _spread(ours) == _spread(again)
         unused |= parts[-1] == "group_best" and ours.moe is not None and ours.moe.router.num_groups == 1
-        if parts[0] not in ("precision",) and parts[-1] not in IRRELEVANT and not training and not unused:
+        if not set(parts) & set(IRRELEVANT) and not training and not unused:
             found.append(f"{name} = {a!r} (it would be {b!r})")
     return found
 

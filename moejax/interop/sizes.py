@@ -7,16 +7,16 @@ from moejax.config.model import ModelConfig, Precision
 from moejax.interop.config_json import ConfigJson, Json, rope_json
 
 
-def sizes(hf: ConfigJson, tied: bool = False, eps: float = 1e-6, ffn: str = "intermediate_size") -> dict[str, Any]:
-    """Read a model's sizes as ModelConfig's arguments; `tied` and `eps` are the model type's own defaults."""
+def sizes(hf: ConfigJson, eps: float = 1e-6) -> dict[str, Any]:
+    """Read a model's sizes as ModelConfig's arguments; `eps` is the model type's own default."""
     hf.must_be("hidden_act", ("silu", "swish"), "silu")
     dtype: Any = hf.dtype()
     return {
         "vocab": hf.get("vocab_size"),
         "embed": hf.get("hidden_size"),
         "num_layers": hf.get("num_hidden_layers"),
-        "ffn": hf.get(ffn),
-        "tie_embeddings": hf.get("tie_word_embeddings", tied),
+        "ffn": hf.get("intermediate_size"),
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
         "norm_eps": hf.get("rms_norm_eps", eps),
         "precision": Precision(params=dtype, compute=dtype),
     }

@@ -41,6 +41,11 @@ class Leaf:
     """of each stacked layer, in the order of the first dim; a single one of what is not stacked"""
     stacked: bool
 
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Give one layer's shape."""
+        return self.shape[1:] if self.stacked else self.shape
+
     def read(self, files: WeightFiles, index: tuple[slice, ...]) -> np.ndarray:
         """Read a part of the leaf and cast it to our dtype."""
         if not self.stacked:
@@ -62,7 +67,7 @@ class Leaf:
 
     def dtype_in(self, files: WeightFiles) -> Any:
         """Give the dtype in which a file holds it."""
-        return files.tensors[layout.file_names(self.layers[0], self.shape[1:] if self.stacked else self.shape)[0]].dtype
+        return files.tensors[layout.file_names(self.layers[0], self.own_shape)[0]].dtype
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,8 @@ def load(parts: ModelParts, folder: Path, seed: int = 0) -> Loaded:
     left_out = _left_out(parts, files, [*params.values(), *buffers.values()], folder)
     for each in (*params.values(), *buffers.values()):
         for stored in each.layers:
-            shape = each.shape[1:] if each.stacked else each.shape
-            for name in layout.file_names(stored, shape):
-                files.require(name, layout.file_shape(stored, shape))
+            for name in layout.file_names(stored, each.own_shape):
+                files.require(name, layout.file_shape(stored, each.own_shape))
     total = sum(int(np.prod(each.shape)) * jnp.dtype(each.dtype).itemsize for each in params.values())
     with tqdm(total=total, desc=f"reading {folder}", unit="B", unit_scale=True, delay=2.0, leave=False) as bar:
 
@@ -168,12 +172,7 @@ def load(parts: ModelParts, folder: Path, seed: int = 0) -> Loaded:
 
 def _left_out(parts: ModelParts, files: WeightFiles, leaves: list[Leaf], folder: Path) -> list[str]:
     """List tensors that the family ignores; raise ValueError for one that nobody knows."""
-    used = {
-        name
-        for each in leaves
-        for stored in each.layers
-        for name in layout.file_names(stored, each.shape[1:] if each.stacked else each.shape)
-    }
+    used = {name for each in leaves for stored in each.layers for name in layout.file_names(stored, each.own_shape)}
     family = family_of(parts.config)
     ignored = family.ignored(parts.config) if hasattr(family, "ignored") else []
     patterns = [re.compile(pattern) for pattern in (*ignored, *ALWAYS_IGNORED)]
@@ -185,7 +184,7 @@ def _left_out(parts: ModelParts, files: WeightFiles, leaves: list[Leaf], folder:
     for name in rest:
         if not any(pattern.search(name) for pattern in patterns):
             raise ValueError(
-                f"{files.tensors[name].file}: {name} is no weight of a {family.MODEL_TYPE} with this config.json: "
+                f"{files.tensors[name].file}: {name} is no weight of a {family.MODEL_TYPES[0]} with this config.json: "
                 "its config does not fit its files"
             )
     return rest

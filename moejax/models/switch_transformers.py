@@ -5,17 +5,14 @@ from typing import Literal
 from moejax.config.attention import T5AttentionConfig
 from moejax.config.model import ModelConfig
 from moejax.models.layer import Layer
+from moejax.models.switch import check_router
 
 
 def layers(config: ModelConfig) -> list[Layer]:
     """List the encoder's layers, then the decoder's: of every so many the second is sparse."""
     encoder, mixer, moe = config.encoder, config.t5, config.moe
     assert encoder is not None and mixer is not None and moe is not None
-    if moe.router.num_active != 1 or moe.router.normalize:
-        raise ValueError(
-            f"a switch routes to one expert by its full probability: set num_active = 1, not {moe.router.num_active}, "
-            "and normalize = false"
-        )
+    check_router(moe.router)
     return [_layer(mixer, number, encoder.every, "encoder") for number in range(encoder.num_layers)] + [
         _layer(mixer, number, moe.every, "decoder") for number in range(config.num_layers)
     ]

@@ -34,6 +34,7 @@ def test_golden_says_of_a_whole_model_what_is_sure(name: str) -> None:
     plain = np.take_along_axis(log_softmax(shifted(golden)[0]), np.maximum(shifted(golden)[1], 0)[..., None], -1)[
         ..., 0
     ]
+    # A float32 mean of 40 terms, added up in another order.
     np.testing.assert_allclose(-plain[shifted(golden)[1] != -100].mean(), golden["loss"], rtol=1e-5)
 
 

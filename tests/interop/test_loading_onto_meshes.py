@@ -35,6 +35,7 @@ def test_a_mesh_gives_transformers_logits(golden: Golden, folder: Path, mesh: st
     """Of 2 rows and 23 tokens: neither number divides by its axes."""
     logits = load(folder, mesh)(golden["input_ids"][:, :23])
     assert logits.shape == golden["logits"][:, :23].shape
+    # The goldens' pass line: transformers' own kernels differ by 2e-5 on logits of size one.
     np.testing.assert_allclose(logits, golden["logits"][:, :23], atol=1e-3, rtol=0)
 
 

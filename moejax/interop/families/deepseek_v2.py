@@ -8,7 +8,7 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import sizes, sizes_json
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "deepseek_v2", "DeepseekV2ForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("deepseek_v2",), "DeepseekV2ForCausalLM"
 
 
 def config(hf: ConfigJson) -> ModelConfig:

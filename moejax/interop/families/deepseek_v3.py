@@ -10,25 +10,30 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import first_dense, sizes, sizes_json
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "deepseek_v3", "DeepseekV3ForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("deepseek_v3",), "DeepseekV3ForCausalLM"
 
 
 def config(hf: ConfigJson) -> ModelConfig:
     """Read a config.json; pairs (2i, 2i+1) are rotated unless rope_interleave, which the hub leaves out, is false."""
     hf.must_be("scoring_func", ("sigmoid",), "sigmoid")
     hf.must_be("topk_method", ("noaux_tc",), "noaux_tc")
-    router = RouterConfig(
+    router = sigmoid_router(hf, scale=2.5, groups=8, kept=4)
+    latent = latent_attention(hf, hf.get("rope_interleave", True))
+    return ModelConfig(name="deepseek_v3", latent=latent, moe=experts(hf, router), **sizes(hf))
+
+
+def sigmoid_router(hf: ConfigJson, scale: float, groups: int, kept: int) -> RouterConfig:
+    """Read a router by sigmoid, balancing bias and groups; the numbers are the model type's own defaults."""
+    return RouterConfig(
         num_active=hf.get("num_experts_per_tok"),
         score="sigmoid",
         normalize=hf.get("norm_topk_prob", True),
-        scale=hf.get("routed_scaling_factor", 2.5),
+        scale=hf.get("routed_scaling_factor", scale),
         bias_update_rate=0.0,
-        num_groups=hf.get("n_group", 8),
-        groups_kept=hf.get("topk_group", 4),
+        num_groups=hf.get("n_group", groups),
+        groups_kept=hf.get("topk_group", kept),
         group_best=2,
     )
-    latent = latent_attention(hf, hf.get("rope_interleave", True))
-    return ModelConfig(name="deepseek_v3", latent=latent, moe=experts(hf, router), **sizes(hf))
 
 
 def latent_attention(hf: ConfigJson, interleaved: bool) -> LatentConfig:
@@ -101,8 +106,12 @@ def experts_json(moe: MoEConfig) -> Json:
 
 def layer(config: ModelConfig, layer: Layer) -> Table:
     """Name a layer's weights."""
-    bias = {"ffn.router.bias": Stored("mlp.gate.e_score_correction_bias", "E -> E")}
-    return latent_layer(config) | bias
+    return latent_layer(config) | balancing_bias("mlp.gate")
+
+
+def balancing_bias(theirs: str) -> Table:
+    """Name the router's balancing bias, which is no weight."""
+    return {"ffn.router.bias": Stored(f"{theirs}.e_score_correction_bias", "E -> E")}
 
 
 def latent_layer(config: ModelConfig) -> Table:

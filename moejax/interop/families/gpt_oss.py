@@ -9,7 +9,7 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import grouped, grouped_json, sizes, sizes_json
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "gpt_oss", "GptOssForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("gpt_oss",), "GptOssForCausalLM"
 
 _KINDS = {"sliding_attention": "attention", "full_attention": "global"}
 

@@ -9,7 +9,7 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import grouped, grouped_json, sizes, sizes_json
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "granitemoe", "GraniteMoeForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("granitemoe",), "GraniteMoeForCausalLM"
 
 
 def config(hf: ConfigJson) -> ModelConfig:

@@ -7,7 +7,7 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import grouped, grouped_json, sizes, sizes_json
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "llama", "LlamaForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("llama",), "LlamaForCausalLM"
 
 
 def config(hf: ConfigJson) -> ModelConfig:

@@ -16,8 +16,8 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import grouped, grouped_json, sizes, sizes_json
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "minimax", "MiniMaxForCausalLM"
-RELEASED = "minimax_text_01"
+MODEL_TYPES, ARCHITECTURE = ("minimax", "minimax_text_01"), "MiniMaxForCausalLM"
+"""transformers' name, which is written, and the release's."""
 
 _KEYS = {
     "attention": ("full_attn_{}_factor", "layernorm_full_attention_{}"),

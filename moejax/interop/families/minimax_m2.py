@@ -4,12 +4,14 @@ from moejax.config.model import ModelConfig
 from moejax.config.moe import MoEConfig
 from moejax.interop import names
 from moejax.interop.config_json import ConfigJson, Json, router_json
-from moejax.interop.layout import Stored
+from moejax.interop.families.deepseek_v3 import balancing_bias, ignored
 from moejax.interop.names import Table
 from moejax.interop.sizes import grouped, grouped_json, sizes, sizes_json
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "minimax_m2", "MiniMaxM2ForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("minimax_m2",), "MiniMaxM2ForCausalLM"
+
+__all__ = ["ARCHITECTURE", "MODEL_TYPES", "config", "ignored", "layer", "to_json"]
 
 
 def config(hf: ConfigJson) -> ModelConfig:
@@ -40,10 +42,4 @@ def to_json(config: ModelConfig) -> Json:
 
 def layer(config: ModelConfig, layer: Layer) -> Table:
     """Name a layer's weights."""
-    bias = {"ffn.router.bias": Stored("block_sparse_moe.e_score_correction_bias", "E -> E")}
-    return names.mixtral(config) | bias
-
-
-def ignored(config: ModelConfig) -> list[str]:
-    """Give patterns of tensors that are left out: the layers behind the last one predict further tokens."""
-    return [rf"model\.layers\.{config.num_layers}\."]
+    return names.mixtral(config) | balancing_bias("block_sparse_moe")

@@ -8,7 +8,7 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import grouped, grouped_json, sizes, sizes_json
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "mixtral", "MixtralForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("mixtral",), "MixtralForCausalLM"
 
 
 def config(hf: ConfigJson) -> ModelConfig:

@@ -8,7 +8,7 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import grouped, grouped_json, sizes, sizes_json
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "olmoe", "OlmoeForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("olmoe",), "OlmoeForCausalLM"
 
 
 def config(hf: ConfigJson) -> ModelConfig:

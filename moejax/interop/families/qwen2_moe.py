@@ -9,7 +9,7 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import grouped, grouped_json, sizes, sizes_json, sparse_layers
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "qwen2_moe", "Qwen2MoeForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("qwen2_moe",), "Qwen2MoeForCausalLM"
 
 
 def config(hf: ConfigJson) -> ModelConfig:

@@ -8,7 +8,7 @@ from moejax.interop.names import Table
 from moejax.interop.sizes import grouped, grouped_json, sizes, sizes_json, sparse_layers
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "qwen3_moe", "Qwen3MoeForCausalLM"
+MODEL_TYPES, ARCHITECTURE = ("qwen3_moe",), "Qwen3MoeForCausalLM"
 
 
 def config(hf: ConfigJson) -> ModelConfig:

@@ -11,7 +11,7 @@ from moejax.interop.layout import Stored
 from moejax.interop.names import MATRIX, VECTOR, Table
 from moejax.models.layer import Layer
 
-MODEL_TYPE, ARCHITECTURE = "switch_transformers", "SwitchTransformersForConditionalGeneration"
+MODEL_TYPES, ARCHITECTURE = ("switch_transformers",), "SwitchTransformersForConditionalGeneration"
 ATTENTION = {name: Stored(f"{name}.weight", "(N H) D -> D N H") for name in "qkv"} | {
     "out": Stored("o.weight", "D (N H) -> N H D")
 }
